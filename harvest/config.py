@@ -1,0 +1,104 @@
+"""What a harvest is told. Every key can be given in the TOML file or by --set."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from shared.config import Config
+
+SHORT_NAME = r"[A-Za-z0-9_-]+"
+
+
+class ModelConfig(Config):
+    """One model and where it is read."""
+
+    path: str  # a folder, a GGUF file, package:NAME (a GGUF file in an installed package), or a hub id
+    sites: list[str] | dict[str, str]  # site names; as a table {source name: site}, sources get names of your own
+    revision: str | None = None  # of a hub id
+    dtype: str = "auto"  # of the weights while they run: auto (the checkpoint's), float32, bfloat16
+    attention: str | None = None  # attention implementation of transformers; none: its own choice
+
+    @field_validator("sites")
+    @classmethod
+    def _some(cls, sites: list[str] | dict[str, str]) -> list[str] | dict[str, str]:
+        if not sites:
+            raise ValueError("Name at least one site, such as resid.12; harvest sites MODEL lists them")
+        return sites
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, dtype: str) -> str:
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError("Choose auto, float32, bfloat16 or float16")
+        return dtype
+
+    def source_names(self, model: str) -> dict[str, str]:
+        """{source name: site}. A single site in a list gives its source the model's name."""
+        if isinstance(self.sites, dict):
+            return self.sites
+        if len(self.sites) == 1:
+            return {model: self.sites[0]}
+        return {f"{model}_{re.sub(r'[^A-Za-z0-9_-]', '_', site)}": site for site in self.sites}
+
+
+class CorpusConfig(Config):
+    """The text."""
+
+    path: str = "python-docs"  # python-docs (built in), a .txt, .jsonl or .parquet file, a folder of such, or a dataset
+    text: str = "text"  # the field that holds the text, in .jsonl, .parquet and datasets
+    id: str | None = None  # the field that holds a stable id; none: file name and number
+    name: str | None = None  # configuration of a dataset
+    split: str = "train"  # split of a dataset
+    documents: int | None = Field(None, ge=1)  # read at most so many
+
+
+class RowsConfig(Config):
+    """How text becomes rows."""
+
+    count: int | None = Field(None, ge=1)  # store exactly so many rows, if the corpus has them; none: all
+    context: int = Field(1024, ge=2)  # tokens of a segment at most, special tokens included
+    align: Literal["auto", "identical", "offsets"] = "auto"  # auto: identical where all tokenizers are the same
+    bos: Literal["model", "always", "never"] = "model"  # model: the special tokens that its tokenizer adds
+    held_out: float = Field(0.1, ge=0.0, lt=1.0)  # share of documents that training never sees
+    seed: int = 0  # of the order of documents
+
+
+class BatchConfig(Config):
+    """How segments are run."""
+
+    tokens: int = Field(8192, ge=1)  # padded tokens of one forward pass at most; a longer segment runs alone
+    calibration: int = Field(8, ge=1)  # forward passes, spread over the plan, that set the scale
+
+
+class StoreConfig(Config):
+    """Where rows go."""
+
+    path: str = "activations.zarr"  # the store's folder
+    shard_bytes: int = Field(2**30, ge=1)  # bytes of the largest unit at most
+    chunk_bytes: int = Field(2**21, ge=1)  # bytes of a chunk of the widest source at most
+    nonfinite: Literal["fail", "mask"] = "fail"  # mask: such a row is stored as zeros, flagged and never served
+
+
+class HarvestConfig(Config):
+    """The whole of a harvest."""
+
+    models: dict[str, ModelConfig]
+    corpus: CorpusConfig = CorpusConfig()
+    rows: RowsConfig = RowsConfig()
+    batch: BatchConfig = BatchConfig()
+    store: StoreConfig = StoreConfig()
+    device: str = "auto"  # auto: cuda where there is one; no part of the store's id
+    threads: int | None = Field(None, ge=1)  # of torch on the CPU; none: torch's own choice
+
+    @model_validator(mode="after")
+    def _names(self) -> "HarvestConfig":
+        if not self.models:
+            raise ValueError("Add a table [models.NAME] with path and sites")
+        sources = [name for key, model in self.models.items() for name in model.source_names(key)]
+        for name in [*self.models, *sources]:
+            if not re.fullmatch(SHORT_NAME, name):
+                raise ValueError(f"The name {name!r} may have letters, digits, _ and - only")
+        if len(set(sources)) < len(sources):
+            raise ValueError(f"Each source needs a name of its own, got {', '.join(sources)}")
+        return self

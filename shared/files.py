@@ -1,0 +1,110 @@
+"""Files that are whole or absent: temporary name, fsync, rename. Free space. The user's cache folder."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shared.errors import SpaceError
+
+TEMPORARY = ".partial"  # suffix of every name that is not yet whole
+
+
+def write_atomic(path: Path, parts: bytes | Iterable[bytes | memoryview]) -> None:
+    """Write `parts` one after another to `path`: after a crash the file is the old one, the new one, or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        with temporary.open("wb") as file:
+            for part in [parts] if isinstance(parts, bytes) else parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, keys in the order they have."""
+    write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def folder_atomic(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place, old content included, when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in [*temporary.rglob("*"), temporary]:
+            sync_file(entry)
+        replaced = temporary.with_suffix(".old" + TEMPORARY)
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+sync_folder = sync_file  # a rename is durable once its folder is
+
+
+def sweep(folder: Path) -> int:
+    """Remove what killed writers left below `folder`; the number of names removed."""
+    leftovers = sorted(folder.rglob(f"*{TEMPORARY}"))
+    for path in leftovers:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that holds `path`, or the nearest folder above it that exists."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise SpaceError where fewer than `needed` bytes are free for `path`."""
+    free = free_bytes(path)
+    if free < needed:
+        raise SpaceError(
+            "no space left for this store",
+            f"{path} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            "Free some space, choose another path, or store fewer rows (rows.count)",
+        )
+
+
+def cache_folder() -> Path:
+    """Where converted models lie: $GRANARY_CACHE, else granary below $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("GRANARY_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granary"

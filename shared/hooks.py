@@ -1,0 +1,207 @@
+"""Sites of a model, and capture of what passes there, with plain torch hooks.
+
+Letters: B segments of a batch, T positions, D width of a site.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from shared.config import unknown
+from shared.errors import ActivationError, SiteError
+
+Side = Literal["in", "out"]
+Run = Callable[..., dict[str, Tensor]]
+
+KINDS = ("resid", "resid_in", "mlp_in", "mlp_out", "attn_out")
+ATTENTION = ("self_attn", "attn", "attention")
+MLP = ("mlp",)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module and the side on which its rows are read."""
+
+    name: str
+    module: str
+    side: Side
+
+
+class _Stop(Exception):  # noqa: N818 (not an error: it ends a forward pass whose rest nobody needs)
+    """Raised by the last hook."""
+
+
+def find(model: nn.Module, name: str) -> Site:
+    """The site called `name`: KIND.N for block N, or a dotted module path with `:in` or `:out` (the default).
+
+    Raises SiteError, naming the nearest sites, where the model has none of this name.
+    """
+    if match := re.fullmatch(r"([a-z_]+)\.(\d+)", name):
+        kind, block = match[1], int(match[2])
+        if kind in KINDS:
+            named = _named(model)
+            if block not in range(len(blocks(model)[1])):
+                way_out = f"Its {len(blocks(model)[1])} blocks are {kind}.0 to {kind}.{len(blocks(model)[1]) - 1}"
+                raise SiteError("the model has no site", name, way_out)
+            if name in named:
+                return named[name]
+    path, _, side = name.partition(":")
+    modules = dict(model.named_modules())
+    if path in modules and path and side in ("", "in", "out"):
+        return Site(name, path, "in" if side == "in" else "out")
+    candidates = [*_named(model), *(f"{module}:out" for module in modules if module)]
+    error = unknown("the model has no site", name, candidates)
+    raise SiteError("the model has no site", name, error.way_out)
+
+
+def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The path of the model's blocks and the blocks. Raises SiteError where there is no such list."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return path, module
+    raise SiteError("cannot find the model's blocks", type(model).__name__, "Name sites by their module path instead")
+
+
+def _named(model: nn.Module) -> dict[str, Site]:
+    """Every site of the form KIND.N."""
+    root, layers = blocks(model)
+    sites = {}
+    for number, block in enumerate(layers):
+        path = f"{root}.{number}"
+        found = {"resid": (path, "out"), "resid_in": (path, "in"), **_inside(block, path)}
+        for kind, (module, side) in found.items():
+            sites[f"{kind}.{number}"] = Site(f"{kind}.{number}", module, side)
+    return sites
+
+
+def _inside(block: nn.Module, path: str) -> dict[str, tuple[str, Side]]:
+    """Where a block's attention and MLP are read. In BERT both end in a Dense layer before the sum and the norm."""
+    children = dict(block.named_children())
+    found: dict[str, tuple[str, Side]] = {}
+    attention = next((name for name in ATTENTION if name in children), None)
+    mlp = next((name for name in MLP if name in children), None)
+    if attention and "output" in dict(children[attention].named_children()):
+        found["attn_out"] = (f"{path}.{attention}.output.dense", "out")
+    elif attention:
+        found["attn_out"] = (f"{path}.{attention}", "out")
+    if mlp:
+        found |= {"mlp_in": (f"{path}.{mlp}", "in"), "mlp_out": (f"{path}.{mlp}", "out")}
+    elif "intermediate" in children and "output" in children:
+        found |= {"mlp_in": (f"{path}.intermediate", "in"), "mlp_out": (f"{path}.output.dense", "out")}
+    return found
+
+
+@contextmanager
+def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[Run]:
+    """A function that runs the model on its keyword arguments and returns {site name: Tensor [B, T, D]}.
+
+    The forward pass ends behind the last site: later blocks are not run. The values are the model's own tensors,
+    neither copied nor cast. The hooks are gone when the block ends.
+    """
+    caught: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for site in sites:
+            module = model.get_submodule(site.module)
+            if site.side == "in":
+                handle = module.register_forward_pre_hook(_reader(site, caught, len(sites)), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(_writer(site, caught, len(sites)))
+            stack.callback(handle.remove)
+
+        def run(**inputs: Any) -> dict[str, Tensor]:
+            caught.clear()
+            with suppress(_Stop):
+                model(**inputs, use_cache=False)
+            if missing := [site.name for site in sites if site.name not in caught]:
+                raise SiteError(
+                    "these sites were not reached by a forward pass", ", ".join(missing), "Name other sites"
+                )
+            shape = inputs["input_ids"].shape
+            return {site.name: _checked(site, caught[site.name], shape) for site in sites}
+
+        yield run
+
+
+def _reader(site: Site, caught: dict[str, Tensor], wanted: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _catch(site, args[0] if args else kwargs.get("hidden_states"), caught, wanted)
+
+    return hook
+
+
+def _writer(site: Site, caught: dict[str, Tensor], wanted: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _catch(site, output, caught, wanted)
+
+    return hook
+
+
+def _catch(site: Site, value: Any, caught: dict[str, Tensor], wanted: int) -> None:
+    caught[site.name] = unwrap(value, site.name)
+    if len(caught) == wanted:
+        raise _Stop
+
+
+def unwrap(output: Any, name: str) -> Tensor:
+    """The hidden states in what a module takes or gives: a Tensor, the first of a tuple, or `last_hidden_state`."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    output = getattr(output, "last_hidden_state", output)
+    if not isinstance(output, Tensor):
+        raise ActivationError(f"{name} carries no tensor of activations", type(output).__name__, "Name another site")
+    return output
+
+
+def _checked(site: Site, value: Tensor, shape: torch.Size) -> Tensor:
+    if value.ndim == 2 and value.shape[0] == shape.numel():  # some modules see all positions in one axis
+        value = value.view(*shape, -1)
+    if value.ndim != 3 or value.shape[:2] != shape:
+        expected = f"{tuple(value.shape)}, expected {tuple(shape)} and a width"
+        raise ActivationError(f"{site.name} has no row per position", expected, "Name another site")
+    return value
+
+
+def widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """{site: width}, from a forward pass over two positions. A model on the meta device costs nothing."""
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    mask = torch.zeros(1, 1, 2, 2, device=device)  # additive: transformers takes it as it is and looks at no value
+    sites = [find(model, name) for name in names]
+    with torch.inference_mode(), capture(model, sites) as run:
+        return {name: value.shape[-1] for name, value in run(input_ids=ids, attention_mask=mask).items()}
+
+
+def list_sites(model: nn.Module) -> dict[str, int]:
+    """Every KIND.N site and its width, in the model's order."""
+    return widths(model, list(_named(model)))
+
+
+def self_check(model: nn.Module, sites: Sequence[str], ids_BT: Tensor, mask_BT: Tensor) -> None:
+    """Refuse to go on where a hooked block output is not what the model itself returns as hidden state.
+
+    `output_hidden_states` gives the input of block 0 and the output of every block, but the last one behind the final
+    norm, so the last block is not compared. Raises ActivationError.
+    """
+    number = len(blocks(model)[1])
+    checked = [name for name in sites if re.fullmatch(r"resid\.\d+", name) and int(name.split(".")[1]) < number - 1]
+    if not checked:
+        return
+    with torch.inference_mode():
+        with capture(model, [find(model, name) for name in checked]) as run:
+            caught = run(input_ids=ids_BT, attention_mask=mask_BT)
+        states = model(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states
+    for name, value in caught.items():
+        own = states[int(name.split(".")[1]) + 1]
+        real = mask_BT.bool()
+        if not torch.allclose(value[real], own[real], rtol=1e-3, atol=1e-3 * float(own[real].abs().max())):
+            worst = float((value[real] - own[real]).abs().max())
+            raise ActivationError(
+                f"{name} is not the model's own hidden state", f"largest difference {worst:.3g}",
+                "This version of transformers is not supported for this model; please report it",
+            )  # fmt: skip

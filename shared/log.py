@@ -1,0 +1,80 @@
+"""One stream of events: a JSONL file, and a console that is a view of it."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+class Log:
+    """Appends one JSON object per event to `path` (none: nowhere) and echoes events that carry a `message`.
+
+    The console is stderr, so that stdout holds results only.
+    """
+
+    def __init__(self, path: Path | None = None, quiet: bool = False) -> None:
+        self.quiet = quiet
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8") if path is not None else None
+
+    def event(self, kind: str, message: str = "", **fields: Any) -> None:
+        if self._file is not None:
+            record = {
+                "time": round(time.time(), 3),
+                "event": kind,
+                **({"message": message} if message else {}),
+                **fields,
+            }
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.flush()
+        if message and not self.quiet:
+            tqdm.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def progress(items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterator[T]:
+    """`items` with a bar (rate and time left) on a terminal, and a line every 10 s elsewhere."""
+    yield from bar(what, unit, total, items)
+
+
+def bar(what: str, unit: str, total: int | None = None, items: Iterable[T] | None = None) -> "tqdm[T]":
+    """A tqdm bar in the project's style; off a terminal it prints at most one line per 10 s."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        items,
+        total=total,
+        desc=what,
+        unit=f" {unit}",
+        unit_scale=total is not None and total > 10_000,
+        dynamic_ncols=live,
+        mininterval=0.2 if live else 10.0,
+        file=sys.stderr if live else _Lines(),
+    )
+
+
+class _Lines:
+    """A text stream for tqdm that turns its redrawn bar into plain lines."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip("\r\n "):
+            sys.stderr.write(line + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()

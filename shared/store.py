@@ -1,0 +1,357 @@
+"""The store on disk: the only file that knows zarr. The format is STORE.md, beside this file.
+
+Letters: N rows, S rows per shard, C rows per chunk, D width of a source, K length of packed moments.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+
+from shared import config, files
+from shared.errors import StoreDamagedError, StoreError, StoreMismatchError, StoreUnfinishedError
+from shared.moments import CLASSES, Moments, packed_fields
+from shared.source import Model, Source
+
+FORMAT = 1
+TABLE_CHUNK = 2**22  # items per chunk of tokens, segments, documents and batches
+ABSENT = np.uint64(2**64 - 1)  # offset and length of a chunk that a shard does not hold
+PLAN_RECEIPT, SEALED = "receipts/plan.json", "sealed"
+
+FIRST, BOS, SPECIAL = 1, 2, 4  # bits of rows/<model>/flags
+CLIPPED, MASKED, SINK = 1, 2, 4  # bits of faults/<source>
+TRAIN, HELD_OUT = 0, 1  # documents/split
+
+
+@dataclass(frozen=True)
+class Header:
+    """attributes.granary of the group."""
+
+    spec: dict[str, Any]
+    models: dict[str, Model]
+    sources: dict[str, Source]
+    plan: dict[str, Any]
+    scale: dict[str, dict[str, float]] | None = None
+
+    @cached_property
+    def id(self) -> str:
+        return config.fingerprint(self.spec)
+
+    def attributes(self) -> dict[str, Any]:
+        return {"granary": {"format": FORMAT, "id": self.id, **asdict(self)}}
+
+    @classmethod
+    def read(cls, path: Path) -> "Header":
+        try:
+            data = files.read_json(path / "zarr.json")["attributes"]["granary"]
+            number = data["format"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise StoreError(
+                "no Granary store here", path, "Give the folder NAME.zarr that harvest run wrote"
+            ) from None
+        if number != FORMAT:
+            raise StoreError("another format of store", number, f"This version reads format {FORMAT}")
+        models = {name: Model(**model) for name, model in data["models"].items()}
+        sources = {name: Source(**source) for name, source in data["sources"].items()}
+        return cls(data["spec"], models, sources, data["plan"], data["scale"])
+
+
+@dataclass(frozen=True)
+class _Array:
+    """One Zarr array. `shard` is the rows of its file where that holds several chunks of `chunk` rows."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+    dims: tuple[str, ...]
+    shard: tuple[int, ...] | None = None
+    fill: float = 0
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one unit stores of one source: fp16 rows, their norms and faults, and moments per class."""
+
+    activations_ND: np.ndarray
+    norms_N: np.ndarray
+    faults_N: np.ndarray
+    moments_XK: np.ndarray
+
+
+class Store:
+    """A store, finished or not. Reading is by memory map and needs no zarr."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path, self.header = path, header
+        self.rows: int = header.plan["rows"]
+        self.shard_rows: int = header.plan["shard_rows"]
+        self.chunk_rows: int = header.plan["chunk_rows"]
+        self.shards: int = header.plan["shards"]
+
+    # --- making -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: Path, header: Header, tables: Mapping[str, np.ndarray]) -> "Store":
+        """Write the plan: the group and `tables` {array name: values}, whole or not at all."""
+        with files.folder_atomic(path) as folder:
+            staged = cls(folder, header)
+            zarr.create_group(folder, zarr_format=3, attributes=header.attributes())
+            written: dict[str, Any] = {}
+            for name, values in tables.items():
+                chunk = staged.shard_rows if name.startswith("rows/") else max(1, min(TABLE_CHUNK, len(values)))
+                dim = "row" if name.startswith("rows/") else name.replace("/", "_")  # xarray: one name, one length
+                staged._declare(name, _Array(values.shape, values.dtype.str, (chunk,), (dim,)))
+                for index, start in enumerate(range(0, len(values), chunk)):
+                    written |= staged._write(name, (index,), _padded(values[start : start + chunk], chunk, 0))
+            files.write_json(folder / PLAN_RECEIPT, {"id": header.id, "files": written})
+        return cls(path, header)
+
+    @classmethod
+    def resume(cls, path: Path, header: Header) -> "Store":
+        """The store that is already at `path`. Raises StoreMismatchError where it was made from another spec."""
+        found = Header.read(path)
+        if found.id != header.id:
+            fields = "; ".join(config.differences(found.spec, header.spec))
+            raise StoreMismatchError(
+                f"another store is at {path}, and these fields differ (stored -> asked)", fields,
+                "Give another path (store.path), or the configuration that the stored one was made from",
+            )  # fmt: skip
+        return cls(path, found)
+
+    def freeze(self, scale: Mapping[str, Mapping[str, float]]) -> "Store":
+        """Fix the scale of every source and declare the arrays that units fill. Call once, before the first unit."""
+        assert Header.read(self.path).scale is None  # asked of the disk: this object may be older
+        for name, source in self.header.sources.items():
+            for array, spec in self._unit_arrays(source, scale[name]["factor"]).items():
+                shutil.rmtree(self.path / array, ignore_errors=True)  # of a run that was killed here; it holds no data
+                self._declare(array, spec)
+        header = replace(self.header, scale={name: dict(values) for name, values in scale.items()})
+        group = files.read_json(self.path / "zarr.json")
+        text = json.dumps({**group, "attributes": header.attributes()}, indent=1, ensure_ascii=False)
+        files.write_atomic(self.path / "zarr.json", text.encode())  # not sorted: models and sources keep their order
+        return Store(self.path, header)
+
+    def put(self, shard: int, model: str, parts: Mapping[str, Part], made_with: Mapping[str, Any]) -> dict[str, Any]:
+        """Write one unit, whole, its receipt last. `made_with` is device, threads and versions. Returns the receipt."""
+        assert self.header.scale is not None
+        assert parts.keys() == {source.name for source in self.header.sources.values() if source.model == model}
+        written: dict[str, Any] = {}
+        for name, part in parts.items():
+            rows = self.rows_of(shard)
+            assert part.activations_ND.shape == (len(rows), self.header.sources[name].width)
+            written |= self._write_shard(f"activations/{name}", shard, part.activations_ND)
+            written |= self._write(f"norms/{name}", (shard,), _padded(part.norms_N, self.shard_rows, np.nan))
+            written |= self._write(f"faults/{name}", (shard,), _padded(part.faults_N, self.shard_rows, 0))
+            written |= self._write(f"moments/{name}", (shard, 0, 0), part.moments_XK[None])
+        faults = {name: count_faults(part.faults_N) for name, part in parts.items()}
+        receipt = {
+            "id": self.header.id,
+            "shard": shard,
+            "model": model,
+            "files": written,
+            "faults": faults,
+            **made_with,
+        }
+        files.write_json(self._receipt(shard, model), receipt)
+        return receipt
+
+    def has(self, shard: int, model: str) -> bool:
+        return self._receipt(shard, model).exists()
+
+    def seal(self) -> None:
+        """Write the table of all receipts. Every unit must be there."""
+        assert not self.missing()
+        table: dict[str, Any] = {"id": self.header.id, "receipts": {}, "files": {}}
+        for path in sorted((self.path / "receipts").glob("*.json")):
+            receipt = files.read_json(path)
+            table["receipts"][path.name] = _crc([path.read_bytes()])
+            table["files"] |= {name: [entry["size"], entry["crc32c"]] for name, entry in receipt["files"].items()}
+        files.write_json(self.path / SEALED, table)
+
+    @property
+    def sealed(self) -> bool:
+        return (self.path / SEALED).exists()
+
+    def missing(self) -> list[tuple[int, str]]:
+        """The units (shard, model) that have no receipt yet."""
+        units = [(shard, model) for model in self.header.models for shard in range(self.shards)]
+        return [unit for unit in units if not self.has(*unit)]
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Store":
+        """A finished store, after a check of `sealed` and of the size of every file.
+
+        Raises StoreError, StoreUnfinishedError, or StoreDamagedError with the names of the bad files.
+        """
+        store = cls(Path(path), Header.read(Path(path)))
+        if not store.sealed:
+            units = store.shards * len(store.header.models)
+            raise StoreUnfinishedError(
+                "this store is not finished", f"{path} has {units - len(store.missing())} of {units} units",
+                "Run the same harvest run again: it goes on where it stopped",
+            )  # fmt: skip
+        bad = store._damaged()
+        if bad:
+            listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            raise StoreDamagedError(
+                f"{len(bad)} files of {path} are missing or of the wrong size",
+                listed,
+                "Harvest it again, or restore these files",
+            )
+        return store
+
+    def _damaged(self) -> list[str]:
+        """The files that are missing or of another size than `sealed` says; `sealed` itself where it is broken."""
+        try:
+            sealed = files.read_json(self.path / SEALED)
+            bad = [name for name, (size, _) in sealed["files"].items() if _size(self.path / name) != size]
+            return bad if sealed["id"] == self.header.id else [SEALED]
+        except (ValueError, KeyError, TypeError):
+            return [SEALED]
+
+    def source(self, name: str) -> Source:
+        """Raises StoreError, naming the store's sources, where there is none of this name."""
+        if name not in self.header.sources:
+            raise StoreError("this store has no source", name, f"It has: {', '.join(self.header.sources)}")
+        return self.header.sources[name]
+
+    def factor(self, source: str) -> float:
+        """The model's value = stored value x factor."""
+        assert self.header.scale is not None
+        return self.header.scale[source]["factor"]
+
+    def rows_of(self, shard: int) -> range:
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
+
+    def map(self, name: str, index: int = 0) -> np.ndarray:
+        """A read-only memory map of file `index` of the array `name`, without padding."""
+        meta = files.read_json(self.path / name / "zarr.json")
+        shape, chunk = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
+        length = min(chunk[0], shape[0] - index * chunk[0])
+        dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+        return np.memmap(self._file(name, (index, *[0] * (len(shape) - 1))), dtype, "r", shape=(length, *shape[1:]))
+
+    def column(self, name: str) -> np.ndarray:
+        """The whole of an array, in memory where it has several files. Meant for tables, not for activations."""
+        meta = files.read_json(self.path / name / "zarr.json")
+        shape, chunk = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
+        if not shape[0]:
+            return np.empty(shape, meta["data_type"])
+        maps = [self.map(name, index) for index in range(-(-shape[0] // chunk[0]))]
+        return maps[0] if len(maps) == 1 else np.concatenate(maps)
+
+    def moments(self, source: str, classes: Iterable[str]) -> Moments:
+        """The moments of all rows of these classes, in the model's own units, merged in shard order."""
+        width, wanted = self.header.sources[source].width, [CLASSES.index(name) for name in classes]
+        total = Moments.empty(width)
+        for packed_XK in self.column(f"moments/{source}"):
+            for index in wanted:
+                total = total.merge(Moments.unpack(packed_XK[index]))
+        return total
+
+    def fault_counts(self, source: str) -> dict[str, int]:
+        """Rows that are clipped, masked and sinks."""
+        return count_faults(self.column(f"faults/{source}"))
+
+    def document_ids(self) -> list[str]:
+        text, ends = self.column("documents/id").tobytes(), self.column("documents/id_end").tolist()
+        return [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def _unit_arrays(self, source: Source, factor: float) -> dict[str, _Array]:
+        n, s, k = self.rows, self.shard_rows, packed_fields(source.width)
+        length = k["norm_histogram"][1]
+        return {
+            f"activations/{source.name}": _Array(
+                (n, source.width), "<f2", (self.chunk_rows, source.width), ("row", f"width_{source.name}"),
+                (s, source.width), np.nan, {"scale_factor": factor},
+            ),
+            f"norms/{source.name}": _Array((n,), "<f4", (s,), ("row",), fill=np.nan),
+            f"faults/{source.name}": _Array((n,), "|u1", (s,), ("row",)),
+            f"moments/{source.name}": _Array(
+                (self.shards, len(CLASSES), length), "<f8", (1, len(CLASSES), length),
+                ("shard", "class", f"moment_{source.name}"), None, np.nan, {"classes": list(CLASSES), "fields": k},
+            ),
+        }  # fmt: skip
+
+    def _declare(self, name: str, array: _Array) -> None:
+        """Write an array's zarr.json, and the groups above it."""
+        *groups, _ = name.split("/")
+        for depth in range(len(groups)):
+            zarr.open_group(self.path, path="/".join(groups[: depth + 1]), mode="a", zarr_format=3)
+        zarr.create_array(
+            self.path, name=name, shape=array.shape, dtype=array.dtype, chunks=array.chunk, shards=array.shard,
+            filters=None, compressors=None, fill_value=array.fill, dimension_names=array.dims,
+            attributes=array.attributes, zarr_format=3,
+        )  # fmt: skip
+
+    def _file(self, name: str, index: Sequence[int]) -> Path:
+        return self.path / name / "c" / Path(*map(str, index))
+
+    def _receipt(self, shard: int, model: str) -> Path:
+        return self.path / "receipts" / f"{shard:05d}.{model}.json"
+
+    def _write(self, name: str, index: Sequence[int], values: np.ndarray) -> dict[str, Any]:
+        path, data = self._file(name, index), np.ascontiguousarray(values)
+        files.write_atomic(path, [_bytes(data)])
+        return {str(path.relative_to(self.path)): {"size": data.nbytes, "crc32c": _crc([_bytes(data)])}}
+
+    def _write_shard(self, name: str, shard: int, rows_ND: np.ndarray) -> dict[str, Any]:
+        chunks = [
+            _bytes(_padded(rows_ND[i : i + self.chunk_rows], self.chunk_rows, np.nan))
+            for i in range(0, len(rows_ND), self.chunk_rows)
+        ]
+        index = _shard_index([len(chunk) for chunk in chunks], self.shard_rows // self.chunk_rows)
+        path = self._file(name, (shard, 0))
+        files.write_atomic(path, [*chunks, index])
+        entry = {
+            "size": sum(map(len, chunks)) + len(index),
+            "crc32c": _crc([*chunks, index]),
+            "chunks": [_crc([c]) for c in chunks],
+        }
+        return {str(path.relative_to(self.path)): entry}
+
+
+def count_faults(faults_N: np.ndarray) -> dict[str, int]:
+    bits = {"clipped": CLIPPED, "masked": MASKED, "sink": SINK}
+    return {name: int(np.count_nonzero(faults_N & bit)) for name, bit in bits.items()}
+
+
+def _shard_index(lengths: Sequence[int], slots: int) -> bytes:
+    """The index of a shard whose chunks stand back to back (Zarr v3, sharding_indexed, index_location end)."""
+    index = np.full((slots, 2), ABSENT, "<u8")
+    index[: len(lengths), 1] = lengths
+    index[: len(lengths), 0] = np.cumsum([0, *lengths[:-1]])
+    return index.tobytes() + np.uint32(google_crc32c.value(index.tobytes())).astype("<u4").tobytes()
+
+
+def _padded(values: np.ndarray, length: int, fill: float) -> np.ndarray:
+    if len(values) == length:
+        return np.ascontiguousarray(values)
+    return np.concatenate([values, np.full((length - len(values), *values.shape[1:]), fill, values.dtype)])
+
+
+def _bytes(values: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+
+
+def _crc(parts: Iterable[bytes | memoryview]) -> int:
+    crc = 0
+    for part in parts:
+        crc = google_crc32c.extend(crc, np.frombuffer(part, np.uint8))
+    return int(crc)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1

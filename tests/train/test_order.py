@@ -1,0 +1,174 @@
+"""The order of rows: promises over all cases, and tiny exact numbers."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.errors import StoreError
+from train.order import (
+    Order,
+    companions,
+    default_block_rows,
+    default_window_blocks,
+    permutation,
+    splitmix64,
+)
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> Order:
+    """Any small order: filters that empty blocks, ragged last blocks, windows larger than the store."""
+    kept = draw(st.lists(st.booleans(), min_size=1, max_size=120).filter(any))
+    if draw(st.booleans()):  # long runs, which empty whole blocks and windows
+        kept = np.repeat(kept, draw(st.integers(1, 6))).tolist()
+    return Order(np.array(kept), draw(st.integers(1, 17)), draw(st.integers(1, 9)), draw(st.integers(-5, 2**70)))
+
+
+def test_splitmix64_gives_the_numbers_of_its_reference() -> None:
+    # splitmix64.c by S. Vigna, seed 1234567: the first five outputs, as published at
+    # https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert splitmix64(1234567, np.arange(5)).tolist() == expected
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 300))
+@settings(deadline=None)
+def test_a_permutation_holds_every_number_once(key: int, n: int) -> None:
+    assert sorted(permutation(key, n).tolist()) == list(range(n))
+
+
+def test_the_order_of_a_small_store_is_frozen() -> None:
+    # Recorded when the order was written: a change here changes what every resumed run reads next.
+    order = Order(np.ones(10, bool), block_rows=2, window_blocks=2, seed=0)
+    assert order.rows(0, 10).tolist() == [3, 1, 0, 2, 5, 8, 4, 9, 6, 7]
+    assert order.rows(10, 20).tolist() == [7, 0, 6, 1, 5, 8, 9, 4, 3, 2]
+
+
+@given(orders(), st.integers(0, 3))
+@settings(deadline=None)
+def test_every_kept_row_appears_once_per_epoch(order: Order, epoch: int) -> None:
+    rows = order.rows(epoch * order.kept, (epoch + 1) * order.kept)
+    assert np.array_equal(np.sort(rows), np.flatnonzero(order.kept_N))
+    assert rows.dtype == np.int64
+
+
+def test_every_epoch_has_another_order() -> None:
+    order = Order(np.ones(50, bool), block_rows=4, window_blocks=3, seed=0)
+    epochs = {tuple(order.rows(50 * epoch, 50 * (epoch + 1)).tolist()) for epoch in range(6)}
+    assert len(epochs) == 6
+
+
+def test_every_seed_has_another_order() -> None:
+    streams = {tuple(Order(np.ones(50, bool), 4, 3, seed).rows(0, 50).tolist()) for seed in (-1, 0, 1, 2, 2**32)}
+    assert len(streams) == 5
+
+
+@given(orders(), st.integers(1, 80), st.integers(0, 8))
+@settings(deadline=None)
+def test_a_step_reached_directly_equals_running_to_it(order: Order, batch: int, step: int) -> None:
+    fresh = Order(order.kept_N, order.block_rows, order.window_blocks, order.seed)
+    ran = [order.step(s, batch) for s in range(step + 1)]
+    assert np.array_equal(ran[-1], fresh.step(step, batch))
+    assert np.array_equal(np.concatenate(ran), fresh.rows(0, (step + 1) * batch))
+
+
+@given(orders(), st.integers(1, 30), st.integers(0, 5), st.integers(1, 4))
+@settings(deadline=None)
+def test_ranks_share_a_step_of_their_joint_size(order: Order, batch: int, step: int, world: int) -> None:
+    ranks = [order.step(step, batch, rank, world) for rank in range(world)]
+    assert np.array_equal(np.concatenate(ranks), order.step(step, batch * world))
+
+
+@given(orders(), st.integers(1, 4))
+@settings(deadline=None)
+def test_ranks_are_disjoint_within_an_epoch(order: Order, world: int) -> None:
+    batch = order.kept // world
+    rows = np.concatenate([order.step(0, batch, rank, world) for rank in range(world)])
+    assert len(np.unique(rows)) == batch * world
+
+
+def test_a_batch_larger_than_an_epoch_holds_every_row_as_often_as_it_has_epochs() -> None:
+    order = Order(np.array([True, False, True, True]), block_rows=1, window_blocks=1, seed=3)
+    assert Counter(order.step(0, 9).tolist()) == {0: 3, 2: 3, 3: 3}
+    assert [order.epoch(position) for position in (0, 2, 3, 9)] == [0, 0, 1, 3]
+
+
+def test_rows_of_a_window_come_from_its_blocks_only() -> None:
+    order = Order(np.ones(100, bool), block_rows=5, window_blocks=4, seed=1)
+    assert [len(set((order.rows(start, start + 20) // 5).tolist())) for start in range(0, 100, 20)] == [4] * 5
+
+
+def test_nothing_kept_is_an_error_that_says_so() -> None:
+    for empty in (np.zeros(4, bool), np.zeros(0, bool)):
+        with pytest.raises(StoreError, match="0 of"):
+            Order(empty, 2, 2, 0)
+
+
+@given(orders(), st.integers(0, 150), st.integers(0, 9))
+@settings(deadline=None)
+def test_a_sample_is_of_distinct_kept_rows_in_file_order(order: Order, n: int, seed: int) -> None:
+    rows = order.sample(n, seed)
+    assert len(rows) == min(n, order.kept) and rows.dtype == np.int64
+    assert (np.diff(rows) > 0).all() and order.kept_N[rows].all()
+    assert np.array_equal(rows, order.sample(n, seed))
+
+
+def test_a_sample_draws_every_kept_row_equally_often() -> None:
+    kept_N = np.arange(1000) % 10 != 0
+    order = Order(kept_N, block_rows=7, window_blocks=3, seed=0)
+    counts = np.zeros(1000)
+    for seed in range(300):
+        counts[order.sample(90, seed)] += 1
+    assert counts[~kept_N].sum() == 0
+    assert abs(counts[kept_N].mean() - 30) < 1e-9 and abs(counts[kept_N].std() - np.sqrt(300 * 0.1 * 0.9)) < 1.0
+
+
+@given(orders(), st.integers(0, 400), st.integers(1, 50))
+@settings(deadline=None)
+def test_the_front_has_the_blocks_of_the_stream_open(order: Order, position: int, batch: int) -> None:
+    front = order.front(position)
+    assert front <= order.front(position + batch)
+    reach = order.starts(max(front - order.window_blocks, 0), front + order.window_blocks)
+    assert (order.rows(position, position + 1) // order.block_rows * order.block_rows)[0] in reach
+
+
+@given(orders())
+@settings(deadline=None)
+def test_the_line_of_blocks_holds_every_block_once_per_epoch(order: Order) -> None:
+    starts = order.starts(order.blocks, 2 * order.blocks)
+    assert sorted(starts.tolist()) == list(range(0, len(order.kept_N), order.block_rows))
+
+
+@pytest.mark.parametrize(
+    ("chunk_rows", "row_bytes", "rows"),
+    [(1024, 512, 512), (1024, 1280, 256), (100, 128, 100), (96, 4096, 96), (96, 8192, 32), (1024, 2**20, 1), (1, 2, 1)],
+)
+def test_a_block_is_a_divisor_of_a_chunk_with_256_kib(chunk_rows: int, row_bytes: int, rows: int) -> None:
+    assert default_block_rows(chunk_rows, row_bytes) == rows
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**4))
+@settings(deadline=None)
+def test_the_default_window_keeps_companions_under_a_half(batch: int, block_rows: int) -> None:
+    window = default_window_blocks(batch)
+    assert companions(batch, block_rows, window * block_rows) < 0.5
+    assert companions(batch, block_rows, (window - 1) * block_rows) >= 0.5
+
+
+@pytest.mark.parametrize(("block_rows", "window_blocks", "batch"), [(32, 64, 64), (16, 128, 256), (50, 80, 40)])
+def test_companions_are_what_the_formula_says(block_rows: int, window_blocks: int, batch: int) -> None:
+    order = Order(np.ones(block_rows * window_blocks * 4, bool), block_rows, window_blocks, seed=0)
+    found = []
+    for step in range(order.kept // batch):
+        _, counts = np.unique(order.step(step, batch) // block_rows, return_counts=True)
+        found.append((counts * (counts - 1)).sum() / batch)
+    assert np.mean(found) == pytest.approx(companions(batch, block_rows, block_rows * window_blocks), rel=0.15)

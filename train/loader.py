@@ -1,0 +1,153 @@
+"""Batches ahead of their use: threads fill a ring of slots, and a copy stream moves them to the device.
+
+Letters: B rows of a batch, D width of a source.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from shared.store import Store
+from train.order import Order
+from train.reader import Reader
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch: x {source: float32 [B, width]} in the model's own units, and the row numbers (int64, on the CPU)."""
+
+    x: dict[str, torch.Tensor]
+    rows_B: torch.Tensor
+
+
+class _Slot:
+    """The fp16 buffers of one batch: pinned when the device is CUDA, and then `read` says when it has read them."""
+
+    def __init__(self, widths: dict[str, int], batch: int, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self.x = {
+            name: torch.empty(batch, width, dtype=torch.float16, pin_memory=cuda) for name, width in widths.items()
+        }
+        self.arrays = {name: x_BD.numpy() for name, x_BD in self.x.items()}
+        self.read = torch.cuda.Event(blocking=True) if cuda else None
+
+
+class Loader:
+    """The batches of `steps`, in their order, whatever the number of threads.
+
+        order -> rows_B -> slot (fp16, reused) -> copy stream -> device (fp16 -> float32 x factor) -> Rows
+        |------------------- threads, at most `slots` batches ahead -----------------------------|
+
+    Used as a context manager, or closed by close(). An error in a thread ends the iteration with its own traceback.
+    `waited_s` is how long the consumer waited; `bytes_served` counts what was read from the store.
+    """
+
+    def __init__(
+        self, store: Store, sources: list[str], order: Order, batch: int, steps: range, device: torch.device,
+        threads: int = 1, slots: int = 4, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        assert batch > 0 and threads > 0 and slots > 0 and len(order.kept_N) == store.rows
+        self.order, self.batch, self.device, self.rank, self.world = order, batch, device, rank, world
+        self.waited_s, self.rows_served, self.bytes_served = 0.0, 0, 0
+        self._reader = Reader(store, sources)
+        self._factors = {name: store.factor(name) for name in sources}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._drawing, self._front = threading.Lock(), -1
+        self._steps = iter(steps)
+        self._flying: deque[tuple[Future[Rows], _Slot]] = deque()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="granary-loader")
+        for _ in range(min(slots, len(steps))):
+            self._launch(_Slot(self._reader.widths, batch, device))
+
+    def __iter__(self) -> Iterator[Rows]:
+        while self._flying:
+            yield self._next()
+
+    def close(self) -> None:
+        """Stop and join the threads, and drop the maps. Batches that were handed out stay valid."""
+        self._flying.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- in the consumer's thread -------------------------------------------------------------------------------
+
+    def _launch(self, slot: _Slot) -> None:
+        """Have the next step, if there is one, loaded into this slot."""
+        step = next(self._steps, None)
+        if step is not None:
+            self._flying.append((self._pool.submit(self._load, step, slot), slot))
+
+    def _next(self) -> Rows:
+        future, slot = self._flying.popleft()
+        rows = self._wait(future)
+        self._hand_over(rows, slot)
+        self._launch(slot)
+        self.rows_served += self.batch
+        self.bytes_served += sum(x_BD.nbytes for x_BD in slot.arrays.values())
+        return rows
+
+    def _wait(self, future: Future[Rows]) -> Rows:
+        began = time.perf_counter()
+        try:
+            return future.result()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self.waited_s += time.perf_counter() - began
+
+    def _hand_over(self, rows: Rows, slot: _Slot) -> None:
+        """Let the consumer's stream wait for the copy, and the copy stream's memory for the consumer's work."""
+        if slot.read is None:
+            return
+        consumer = torch.cuda.current_stream(self.device)
+        consumer.wait_event(slot.read)
+        for x_BD in rows.x.values():
+            x_BD.record_stream(consumer)
+
+    # --- in the threads -----------------------------------------------------------------------------------------
+
+    def _load(self, step: int, slot: _Slot) -> Rows:
+        if slot.read is not None:
+            slot.read.synchronize()
+        with self._drawing:  # else several threads would permute the same window at once
+            rows_B = self.order.step(step, self.batch, self.rank, self.world)
+            before = self._front
+            after = max(before, self.order.front((step * self.world + self.rank) * self.batch))
+            self._front = after
+        self._look_ahead(before, after)
+        rows_B = self._reader.gather(rows_B, slot.arrays)
+        return Rows(self._send(slot), torch.from_numpy(rows_B))
+
+    def _look_ahead(self, before: int, after: int) -> None:
+        """Ask for the blocks that come into reach as the stream goes on, and give back those of the last window."""
+        order, window = self.order, self.order.window_blocks
+        if before < 0:
+            self._reader.will_need(order.starts(after, after + window), order.block_rows)
+        elif window < order.blocks:
+            self._reader.will_need(order.starts(before + window, after + window), order.block_rows)
+            self._reader.forget(order.starts(max(before - window, 0), max(after - window, 0)), order.block_rows)
+
+    def _send(self, slot: _Slot) -> dict[str, torch.Tensor]:
+        """Copies on the device, cast there, so that half the bytes travel."""
+        with self._copying():
+            here = {name: x_BD.to(self.device, non_blocking=self._stream is not None) for name, x_BD in slot.x.items()}
+            x = {name: x_BD.float().mul_(self._factors[name]) for name, x_BD in here.items()}
+            if slot.read is not None:
+                slot.read.record()
+        return x
+
+    def _copying(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

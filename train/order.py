@@ -1,0 +1,175 @@
+"""The order in which rows are served: arithmetic over one endless stream of kept rows.
+
+Letters: N rows of the store, X blocks, W windows of an epoch, B rows of a batch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from shared.errors import StoreError
+
+LEAST_BLOCK_BYTES = 256 * 1024  # of any source: what a disk reads at full rate
+MOST_COMPANIONS = 0.5
+SAMPLE_ITEMS = 2**22  # items of the working arrays of `sample`: 32 MiB each
+MASK = 2**64 - 1
+BLOCKS, ROWS, SAMPLE = range(3)  # what a key is for
+
+
+class Order:
+    """The stream of row numbers; a position in it is all that a resume needs.
+
+    stream = epoch 0, epoch 1, ...      each epoch: every kept row once, in another order
+    epoch  = window 0, window 1, ...    all blocks permuted, `window_blocks` of them open at a time
+    window = the kept rows of its blocks, permuted
+
+    `block_rows` consecutive rows are a block; the last block may be shorter. Safe to use from several threads.
+    """
+
+    def __init__(self, kept_N: np.ndarray, block_rows: int, window_blocks: int, seed: int) -> None:
+        assert kept_N.dtype == bool and block_rows > 0 and window_blocks > 0
+        self.kept_N, self.block_rows, self.seed = kept_N, block_rows, seed
+        starts_X = np.arange(0, len(kept_N), block_rows)
+        self._counts_X = np.add.reduceat(kept_N, starts_X, dtype=np.int64) if len(kept_N) else starts_X
+        self._ends_X = np.cumsum(self._counts_X)
+        self.blocks, self.kept = len(starts_X), int(self._counts_X.sum())  # of an epoch
+        self.window_blocks = min(window_blocks, self.blocks)
+        if not self.kept:
+            raise StoreError(
+                "no row is left to serve",
+                f"0 of {len(kept_N)} rows are kept",
+                "Loosen the filter of rows, or harvest more",
+            )
+        self._epoch = lru_cache(maxsize=3)(self._make_epoch)
+        self._window = lru_cache(maxsize=4)(self._make_window)
+
+    def epoch(self, position: int) -> int:
+        return position // self.kept
+
+    def step(self, step: int, batch: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """The rows of `rank` at `step`: positions [(step x world + rank) x batch, + batch)."""
+        start = (step * world + rank) * batch
+        return self.rows(start, start + batch)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The row numbers at positions `start` to `stop` of the stream, int64."""
+        parts = [np.empty(0, np.int64)]
+        while start < stop:
+            epoch, window, skipped = self._place(start)
+            parts.append(self._window(epoch, window)[skipped : skipped + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+    def front(self, position: int) -> int:
+        """How far the stream has come at `position`, in blocks of the endless line of blocks.
+
+        It moves evenly through the open window, so that a reader can fetch the next window a little at every step.
+        """
+        epoch, window, skipped = self._place(position)
+        first = window * self.window_blocks
+        open_blocks = min(self.window_blocks, self.blocks - first)
+        before, after = self._epoch(epoch).edges_W[window : window + 2].tolist()
+        return epoch * self.blocks + first + open_blocks * skipped // (after - before)
+
+    def starts(self, start: int, stop: int) -> np.ndarray:
+        """The first rows of the blocks number `start` to `stop` in the endless line of blocks, int64."""
+        parts = [np.empty(0, np.int64)]
+        while start < stop:
+            epoch, skipped = divmod(start, self.blocks)
+            blocks_X = self._epoch(epoch).blocks_X[skipped : skipped + stop - start]
+            parts.append(blocks_X.astype(np.int64) * self.block_rows)
+            start += len(blocks_X)
+        return np.concatenate(parts)
+
+    def sample(self, n: int, seed: int) -> np.ndarray:
+        """`n` kept rows (all, where fewer are kept), drawn evenly without replacement, in ascending order, int64."""
+        ranks = _distinct(_key(seed, SAMPLE), min(n, self.kept), self.kept)
+        slice_ = max(1, SAMPLE_ITEMS // self.block_rows)
+        parts = [self._select(ranks[i : i + slice_]) for i in range(0, len(ranks), slice_)]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def _place(self, position: int) -> tuple[int, int, int]:
+        """(epoch, window, rows of the window that come before) of a position."""
+        epoch, skipped = divmod(position, self.kept)
+        edges_W = self._epoch(epoch).edges_W
+        window = int(np.searchsorted(edges_W, skipped, side="right")) - 1
+        return epoch, window, skipped - int(edges_W[window])
+
+    def _make_epoch(self, epoch: int) -> "_Epoch":
+        # The smallest type, since a store of terabytes has tens of millions of blocks.
+        blocks_X = permutation(_key(self.seed, BLOCKS, epoch), self.blocks).astype(np.min_scalar_type(self.blocks))
+        counts_W = np.add.reduceat(self._counts_X[blocks_X], np.arange(0, self.blocks, self.window_blocks))
+        return _Epoch(blocks_X, np.cumsum(np.concatenate([[0], counts_W])))
+
+    def _make_window(self, epoch: int, window: int) -> np.ndarray:
+        first = window * self.window_blocks
+        rows = self._kept_in(self._epoch(epoch).blocks_X[first : first + self.window_blocks])
+        return rows[permutation(_key(self.seed, ROWS, epoch, window), len(rows))]
+
+    def _kept_in(self, blocks_X: np.ndarray) -> np.ndarray:
+        """The kept rows of these blocks, block after block."""
+        rows = (blocks_X.astype(np.int64)[:, None] * self.block_rows + np.arange(self.block_rows)).ravel()
+        rows = rows[rows < len(self.kept_N)]
+        return rows[self.kept_N[rows]]
+
+    def _select(self, ranks: np.ndarray) -> np.ndarray:
+        """The rows that are number `ranks` among the kept rows."""
+        blocks = np.searchsorted(self._ends_X, ranks, side="right")
+        inside = ranks - (self._ends_X[blocks] - self._counts_X[blocks])
+        touched_X, which = np.unique(blocks, return_inverse=True)
+        counts_X = self._counts_X[touched_X]
+        return self._kept_in(touched_X)[(np.cumsum(counts_X) - counts_X)[which] + inside]
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    blocks_X: np.ndarray  # all blocks, permuted
+    edges_W: np.ndarray  # kept rows of the epoch before each window, and in all
+
+
+def permutation(key: int, n: int) -> np.ndarray:
+    """A permutation of range(n) that depends on `key` alone, not on the version of any library."""
+    return np.argsort(splitmix64(key, np.arange(n)), kind="stable")
+
+
+def splitmix64(key: int, index: np.ndarray) -> np.ndarray:
+    """Output number `index` of the generator SplitMix64 seeded with `key` (Steele, Lea and Flood 2014), uint64."""
+    z = (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def default_block_rows(chunk_rows: int, narrowest_row_bytes: int) -> int:
+    """Rows per block: the smallest divisor of a chunk with 256 KiB of the narrowest source, else the whole chunk."""
+    divisors = (n for n in range(1, chunk_rows + 1) if chunk_rows % n == 0)
+    return next((n for n in divisors if n * narrowest_row_bytes >= LEAST_BLOCK_BYTES), chunk_rows)
+
+
+def default_window_blocks(batch: int) -> int:
+    """Blocks per window: the fewest with which a row has under 0.5 companions, whatever the size of a block."""
+    return int(batch / MOST_COMPANIONS) + 1
+
+
+def companions(batch: int, block_rows: int, window_rows: int) -> float:
+    """About how many rows of its own block a row finds in its batch: batch x block_rows / window_rows."""
+    return batch * block_rows / window_rows
+
+
+def _key(*parts: int) -> int:
+    key = 0
+    for part in parts:
+        key = int(splitmix64((key + part) & MASK, np.zeros(1))[0])
+    return key
+
+
+def _distinct(key: int, n: int, total: int) -> np.ndarray:
+    """`n` distinct numbers below `total`, ascending, in time and memory O(n)."""
+    if 4 * n >= total:
+        return np.sort(permutation(key, total)[:n])
+    draws, found, first = n, np.empty(0, np.uint64), np.empty(0, np.int64)
+    while len(found) < n:
+        draws *= 2
+        found, first = np.unique(splitmix64(key, np.arange(draws)) % np.uint64(total), return_index=True)
+    return np.sort(found[np.argsort(first)[:n]]).astype(np.int64)
