@@ -24,6 +24,9 @@ class ModelConfig(Config):
     def _some(cls, sites: list[str] | dict[str, str]) -> list[str] | dict[str, str]:
         if not sites:
             raise ValueError("Name at least one site, such as resid.12; harvest sites MODEL lists them")
+        names = list(sites.values()) if isinstance(sites, dict) else sites
+        if len(set(names)) < len(names):
+            raise ValueError("Name each site of a model once")
         return sites
 
     @field_validator("dtype")

@@ -48,7 +48,11 @@ def load(config: CorpusConfig) -> tuple[list[Document], str]:
                 "two documents share an id", document.id, "Set corpus.id to a field that tells them apart"
             )
         seen.add(document.id)
-        digest.update(f"{len(document.id)}:{document.id}{len(document.text)}:{document.text}".encode())
+        try:
+            digest.update(f"{len(document.id)}:{document.id}{len(document.text)}:{document.text}".encode())
+        except UnicodeEncodeError as error:
+            way_out = f"Replace the lone surrogates in its text or id ({error.reason})"
+            raise CorpusError("no valid Unicode in the corpus", f"document {document.id!r}", way_out) from None
     return documents, digest.hexdigest()
 
 
@@ -161,7 +165,20 @@ def python_docs() -> Iterator[Document]:
 
 # Tests, demonstrations, installed packages, and parts that some distributions of Python leave out.
 _LEFT_OUT = frozenset(
-    ["site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "ensurepip", "venv", "distutils", "pydoc_data"]
+    [
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "tkinter",
+        "turtledemo",
+        "ensurepip",
+        "venv",
+        "distutils",
+        "pydoc_data",
+    ]
 )
 
 
@@ -190,6 +207,8 @@ def _builtins() -> str:
     """The docstrings of the built-in functions, classes and their public methods, which have no source."""
     parts = []
     for name, member in sorted(vars(builtins).items()):
+        if not (inspect.isclass(member) or inspect.isbuiltin(member)):  # what site, IPython or gettext put there
+            continue
         methods = sorted(vars(member).items()) if inspect.isclass(member) else []
         for label, item in [(name, member), *((f"{name}.{method}", value) for method, value in methods)]:
             text = getattr(item, "__doc__", None)

@@ -32,7 +32,7 @@ def token_text(store: Store, model: str, token: int, tokenizer: Tokenizer) -> st
     """The text that token number `token` adds to its segment; a token inside a character shows as U+FFFD."""
     ids, segments = store.column(f"tokens/{model}/id"), store.column(f"tokens/{model}/segment")
     start = int(segments[np.searchsorted(segments, token, "right") - 1])
-    before = prefix_text(tokenizer, ids[max(start, token - 16) : token])
+    before = prefix_text(tokenizer, ids[max(start, token - 16) : token]).rstrip("\ufffd")  # the start of a character
     return prefix_text(tokenizer, ids[max(start, token - 16) : token + 1])[len(before) :]
 
 

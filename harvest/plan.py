@@ -52,8 +52,10 @@ def build(
 ) -> Plan:
     """Plan a store. `limits` are tokens of a segment at most, per model, special tokens included.
 
-    Raises AlignmentError where no row comes of the corpus.
+    Raises AlignmentError where no row comes of the corpus, or where `identical` cannot hold.
     """
+    if align == "identical":
+        _require_same_around(spellers)
     draft = _Draft(dict(spellers), limits, align)
     for document in documents:
         draft.add(document, _is_held_out(document.id, config), config.rows.count)
@@ -64,6 +66,18 @@ def build(
     sizes = shard_sizes(draft.rows, sources, config)
     tables = draft.tables() | _batches(draft, sizes["shard_rows"], config.batch.tokens)
     return Plan(tables, {"rows": draft.rows, **sizes, **draft.summary(), "alignment": align})
+
+
+def _require_same_around(spellers: Mapping[str, Speller]) -> None:
+    """Rows of `identical` hold special tokens too, so all models must read the same ones around a segment."""
+    around = {name: (speller.prefix, speller.suffix) for name, speller in spellers.items()}
+    first, *others = around
+    for other in others:
+        if around[other] != around[first]:
+            raise AlignmentError(
+                "the tokenizers put different special tokens around a text", f"{first} and {other}",
+                'Set rows.bos to "never", or rows.align to "offsets"',
+            )  # fmt: skip
 
 
 def shuffled(documents: Iterable[Document], seed: int) -> list[Document]:
@@ -120,9 +134,8 @@ class _Draft:
 
     def add(self, document: Document, held_out: bool, most: int | None) -> None:
         self.seen += 1
-        spelled = {name: speller.spell(document.text) for name, speller in self.spellers.items()}
-        tokens = [one for one in spelled.values() if one is not None]
-        if len(tokens) < len(spelled):
+        tokens = [speller.spell(document.text) for speller in self.spellers.values()]
+        if self.align == "offsets" and not all(one.spelled for one in tokens):  # better no row than a wrong one
             self.skipped["documents_not_spelled"] += 1
             return
         before = self.rows
@@ -138,6 +151,8 @@ class _Draft:
             lost += int((start_M - reached_M).sum())
             self._segment(tokens, stops_MJ[:, first:last], start_M, most)
             reached_M = stops_MJ[:, last - 1]
+        else:
+            lost += int((stops_MJ[:, -1:].sum(1) - reached_M).sum())  # places behind the last segment
         self.skipped["tokens_out_of_reach"] += lost
         for model, read in zip(self.models.values(), read_M, strict=True):
             model.read += read

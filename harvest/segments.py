@@ -20,11 +20,13 @@ class Tokens:
     """One document in one model's tokens, without the special tokens that stand around a segment.
 
     `ends_T` counts the document's characters up to each token's end; -1 where a token is special, ends inside a
-    character, or the tokenizer does not tell.
+    character, or the tokenizer does not tell. `spelled` is false where the tokens' bytes are not the text's, since a
+    normaliser changed it: then no end is known.
     """
 
     ids_T: np.ndarray
     ends_T: np.ndarray
+    spelled: bool = True
 
 
 class Speller:
@@ -50,8 +52,7 @@ class Speller:
             return "bytes"
         return "words" if '"ByteFallback"' in decoder or "\\u2581" in decoder else "offsets"
 
-    def spell(self, text: str) -> Tokens | None:
-        """None where the tokens' bytes are not the text's (a normaliser changed it): better no row than a wrong one."""
+    def spell(self, text: str) -> Tokens:
         encoding = self.tokenizer(
             text, add_special_tokens=False, verbose=False, return_offsets_mapping=self.style == "offsets"
         )
@@ -63,7 +64,7 @@ class Speller:
         else:
             ends_T = _ends_by_bytes([self._piece(index) for index in ids_T.tolist()], text)
         if ends_T is None:
-            return None
+            return Tokens(ids_T.astype(np.int32), np.full(len(ids_T), -1, np.int32), spelled=False)
         return Tokens(ids_T.astype(np.int32), np.where(np.isin(ids_T, self.special), -1, ends_T).astype(np.int32))
 
     def _piece(self, index: int) -> bytes:

@@ -135,7 +135,11 @@ def open_store(job: Job, log: Log) -> Store:
     if job.path.exists():
         if not (job.path / "zarr.json").exists():
             raise StoreError("this path is in use and is no store", job.path, "Give another path (store.path)")
-        return Store.resume(job.path, Header(job.spec, job.models, job.sources, {}))
+        store = Store.resume(job.path, Header(job.spec, job.models, job.sources, {}))
+        if not store.sealed:
+            whole = sum(plan.stored_bytes(store.header.plan, {}, list(job.sources.values())).values())
+            files.require_space(job.path, whole * len(store.missing()) // (store.shards * len(job.models)))
+        return store
     made = job.make_plan(log)
     sizes = plan.stored_bytes(made.summary, made.tables, list(job.sources.values()))
     files.require_space(job.path, sum(sizes.values()))

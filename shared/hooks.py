@@ -101,8 +101,9 @@ def _inside(block: nn.Module, path: str) -> dict[str, tuple[str, Side]]:
 def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[Run]:
     """A function that runs the model on its keyword arguments and returns {site name: Tensor [B, T, D]}.
 
-    The forward pass ends behind the last site: later blocks are not run. The values are the model's own tensors,
-    neither copied nor cast. The hooks are gone when the block ends.
+    The forward pass ends behind the last site: later blocks are not run. The values are not cast; all but the last are
+    copies, since some models go on to add to them in place (Falcon to its mlp_out). The hooks are gone when the block
+    ends.
     """
     caught: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -146,6 +147,7 @@ def _catch(site: Site, value: Any, caught: dict[str, Tensor], wanted: int) -> No
     caught[site.name] = unwrap(value, site.name)
     if len(caught) == wanted:
         raise _Stop
+    caught[site.name] = caught[site.name].clone()
 
 
 def unwrap(output: Any, name: str) -> Tensor:
@@ -186,7 +188,7 @@ def self_check(model: nn.Module, sites: Sequence[str], ids_BT: Tensor, mask_BT: 
     """Refuse to go on where a hooked block output is not what the model itself returns as hidden state.
 
     `output_hidden_states` gives the input of block 0 and the output of every block, but the last one behind the final
-    norm, so the last block is not compared. Raises ActivationError.
+    norm, so the last block is not compared. Values that are not finite must be so in both. Raises ActivationError.
     """
     number = len(blocks(model)[1])
     checked = [name for name in sites if re.fullmatch(r"resid\.\d+", name) and int(name.split(".")[1]) < number - 1]
@@ -197,11 +199,16 @@ def self_check(model: nn.Module, sites: Sequence[str], ids_BT: Tensor, mask_BT: 
             caught = run(input_ids=ids_BT, attention_mask=mask_BT)
         states = model(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states
     for name, value in caught.items():
-        own = states[int(name.split(".")[1]) + 1]
         real = mask_BT.bool()
-        if not torch.allclose(value[real], own[real], rtol=1e-3, atol=1e-3 * float(own[real].abs().max())):
-            worst = float((value[real] - own[real]).abs().max())
+        hooked_ND, own_ND = value[real], states[int(name.split(".")[1]) + 1][real]
+        size = float(_finite(own_ND).abs().max())
+        if not torch.allclose(hooked_ND, own_ND, rtol=1e-3, atol=1e-3 * size, equal_nan=True):
+            worst = float(_finite(hooked_ND - own_ND).abs().max())
             raise ActivationError(
                 f"{name} is not the model's own hidden state", f"largest difference {worst:.3g}",
                 "This version of transformers is not supported for this model; please report it",
             )  # fmt: skip
+
+
+def _finite(x_ND: Tensor) -> Tensor:
+    return x_ND.nan_to_num(0.0, 0.0, 0.0)

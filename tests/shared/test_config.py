@@ -75,9 +75,9 @@ def refusal(data: dict[str, Any], prefix: str = "") -> str:
     [
         ({**MINIMAL, "nota": "x"}, "nota", "note"),
         ({**MINIMAL, "rows": {"cuont": 3}}, "rows.cuont", "rows.count"),
-        ({"models": {"gemma": {"path": "/m", "dtyp": "float32"}}}, "models.gemma.dtyp", "models.*.dtype"),
+        ({"models": {"gemma": {"path": "/m", "dtyp": "float32"}}}, "models.gemma.dtyp", "models.gemma.dtype"),
         ({**MINIMAL, "store": {"pth": "x"}}, "store.pth", "store.path"),
-        ({**MINIMAL, "parts": [{}, {"dorp": 0.1}]}, "parts.1.dorp", "parts.*.drop"),
+        ({**MINIMAL, "parts": [{}, {"dorp": 0.1}]}, "parts.1.dorp", "parts.1.drop"),
         ({"modles": {}, **MINIMAL}, "modles", "models.*."),
     ],
 )

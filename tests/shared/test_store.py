@@ -497,6 +497,8 @@ def test_putting_a_unit_twice_gives_the_same_bytes(tmp_path: Path, ragged: Heade
     once = tree(store.path)
     put(store, 1, "m")
     assert tree(store.path) == once
+    store.put(1, "m", {name: make_part(store, 1, name) for name in ("high", "low")}, MADE_WITH)
+    assert tree(store.path) == once
 
 
 def test_two_workers_may_put_the_same_unit_at_once(tmp_path: Path, ragged: Header) -> None:

@@ -1,0 +1,140 @@
+"""train run | measure | methods | show."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shared import config as configs
+from shared import files
+from shared.errors import CheckpointError, one_line
+from shared.store import Store
+from train import measure as measuring
+from train import method as method_files
+from train import report
+from train.config import TrainConfig
+from train.dictionary import Dictionary
+from train.fit import STORE, fit
+
+app = typer.Typer(
+    help="Train dictionaries on a store: no model and no network are needed.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def main() -> None:
+    with one_line():
+        app()
+
+
+@app.command()
+def run(
+    cache: Annotated[Path, typer.Argument(help="A finished store.")],
+    config_file: Annotated[Path | None, typer.Option("--config", help="TOML file of the run.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any config key: --set method.k=64.")] = None,
+    method: Annotated[str | None, typer.Option(help="Training method (method.name); train methods lists them.")] = None,
+    wiring: Annotated[
+        str | None, typer.Option(help="autoencoder, transcoder, crosscoder or dedicated (wiring.kind).")
+    ] = None,
+    latents: Annotated[int | None, typer.Option(help="Latents of the dictionary (wiring.latents).")] = None,
+    sources: Annotated[
+        str | None, typer.Option(help="Sources in order, with commas: gemma,smol (wiring.sources).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser updates (steps).")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of a batch (batch).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of order and weights (seed).")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto (device).")] = None,
+    threads: Annotated[int | None, typer.Option(help="Torch threads on the CPU (threads).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the run; none: a new one below runs/.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train one dictionary on a store, measure it on held-out documents, and write a report.
+
+    Example: train run pair.zarr --method batch_topk --wiring dedicated --latents 16384 --steps 5000 --set method.k=64
+    """
+    flags: dict[str, Any] = {
+        "method.name": method, "wiring.kind": wiring, "wiring.latents": latents,
+        "wiring.sources": sources.split(",") if sources else None, "steps": steps, "batch": batch, "seed": seed,
+        "device": device, "threads": threads,
+    }  # fmt: skip
+    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    data = configs.read_toml(config_file) if config_file else {}
+    asked = configs.parse(TrainConfig, configs.override(data, [*(settings or []), *given]))
+    made = fit(Store.open(cache), asked, out)
+    if as_json:
+        print(json.dumps({"folder": str(made.folder), **made.figures}))
+        return
+    print(report.text(made.figures))
+    print(f"\nstore       {cache}\ndictionary  {made.folder / 'dictionary'}\nreport      {made.folder / report.PAGE}")
+
+
+@app.command()
+def measure(
+    run_folder: Annotated[Path, typer.Argument(help="The folder of a run, or its dictionary/.")],
+    cache: Annotated[Path | None, typer.Option("--store", help="The store to measure on; none: the run's own.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows of each split to read at most.")] = 131_072,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """The figures of a dictionary on held-out documents: FVE, L0, dead latents, exclusive latents.
+
+    Example: train measure runs/dedicated-batch_topk-16384
+    """
+    dictionary = Dictionary.load(run_folder, device)
+    figures = measuring.measure(dictionary, Store.open(cache or _own_store(run_folder)), rows, quiet=as_json)
+    print(json.dumps(figures) if as_json else report.text(figures))
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """The training methods and their config keys.
+
+    Example: train methods
+    """
+    found = {name: method_files.find(name) for name in method_files.names()}
+    if as_json:
+        keys = {name: {k: repr(f.default) for k, f in kind.model_fields.items()} for name, kind in found.items()}
+        print(json.dumps(keys))
+        return
+    for name, kind in found.items():
+        module = sys.modules[kind.__module__].__doc__ or ""
+        keys_shown = ", ".join(f"{key}={field.default}" for key, field in kind.model_fields.items() if key != "name")
+        print(f"{name}\n  {module.splitlines()[0]}\n  {keys_shown}")
+
+
+@app.command()
+def show(
+    run_folder: Annotated[Path, typer.Argument(help="The folder of a run, or its dictionary/.")],
+    as_json: Json = False,
+) -> None:
+    """What a saved dictionary is: its sources, spans, method and scale.
+
+    Example: train show runs/dedicated-batch_topk-16384
+    """
+    dictionary = Dictionary.load(run_folder)
+    described = dictionary.config()
+    described["scale"] = {name: float(dictionary.scale.factor(name)) for name in dictionary.wiring.widths}
+    described["parameters"] = sum(parameter.numel() for parameter in dictionary.parameters())
+    if as_json:
+        print(json.dumps(described))
+        return
+    print(
+        f"method      {described['method']}\nnorm        {described['norm']}\nparameters  {described['parameters']:,}"
+    )
+    for name, width in described["sources"].items():
+        print(f"source      {name}: width {width}, scale factor {described['scale'][name]:.6g}")
+    for span in described["spans"]:
+        print(
+            f"span        {span['name']}: {span['size']:,} latents, {' + '.join(span['readers'])} -> {' + '.join(span['writers'])}"
+        )
+
+
+def _own_store(folder: Path) -> Path:
+    for candidate in (folder, folder.parent):
+        if (candidate / STORE).exists():
+            return Path(files.read_json(candidate / STORE)["path"])
+    raise CheckpointError("this folder does not name its store", folder, "Give --store CACHE")

@@ -1,0 +1,203 @@
+"""What a batch turns into: pre-activations, codes, and the record of a forward pass. And what makes codes: activations.
+
+Letters: B rows of a batch, D width of a source, L latents of the dictionary, S latents of one source, K kept entries.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from train.kernels import Decode, Entries, PreActivation
+from train.wiring import Wiring, size_of
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The latents of one source: slices of the dictionary's, and where each stands in the source's own matrices."""
+
+    slices: tuple[slice, ...]
+    local_L: Tensor  # int64; 0 where the source has no part in the latent
+    present_L: Tensor  # float32: 1 or 0
+
+    @classmethod
+    def of(cls, slices: tuple[slice, ...], latents: int) -> "Ports":
+        local_L, present_L = torch.zeros(latents, dtype=torch.int64), torch.zeros(latents)
+        first = 0
+        for one in slices:
+            local_L[one] = torch.arange(first, first + one.stop - one.start)
+            present_L[one] = 1.0
+            first += one.stop - one.start
+        return cls(slices, local_L, present_L)
+
+    def to(self, device: torch.device) -> "Ports":
+        return Ports(self.slices, self.local_L.to(device), self.present_L.to(device))
+
+    @property
+    def size(self) -> int:
+        return size_of(self.slices)
+
+
+class Code(ABC):
+    """The codes f_BL of a batch, dense or as kept entries. Final classes: DenseCode, SparseCode."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """f_BL, without a graph to the kept entries where they are sparse."""
+
+    @abstractmethod
+    def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
+        """sum over latents of f x W: what the code writes to one source, [B, D]."""
+
+    @abstractmethod
+    def fires_L(self) -> Tensor:
+        """How many rows of the batch each latent fires on (a code above 0), int64."""
+
+    @abstractmethod
+    def l1(self, weight_L: Tensor) -> Tensor:
+        """The mean over rows of sum over latents of f x weight, a scalar; what penalties see."""
+
+    @abstractmethod
+    def smallest(self, norm_L: Tensor) -> Tensor:
+        """The smallest positive f x norm, a scalar; infinite where no code is positive."""
+
+
+@dataclass(frozen=True)
+class DenseCode(Code):
+    """Codes as a matrix. `soft_BL` is what penalties see: f itself for ReLU."""
+
+    f_BL: Tensor
+    soft_BL: Tensor
+
+    def dense(self) -> Tensor:
+        return self.f_BL
+
+    def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
+        f_BS = (
+            torch.cat([self.f_BL[:, one] for one in ports.slices], 1)
+            if len(ports.slices) > 1
+            else self.f_BL[:, ports.slices[0]]
+        )
+        return f_BS @ W_SD
+
+    def fires_L(self) -> Tensor:
+        return (self.f_BL > 0).sum(0)
+
+    def l1(self, weight_L: Tensor) -> Tensor:
+        return (self.soft_BL @ weight_L).mean()
+
+    def smallest(self, norm_L: Tensor) -> Tensor:
+        return _smallest_positive(self.f_BL * norm_L)
+
+
+@dataclass(frozen=True)
+class SparseCode(Code):
+    """Codes as kept entries; an entry's value may be 0, where a row has fewer than k positive pre-activations."""
+
+    entries: Entries
+    value_K: Tensor
+
+    def dense(self) -> Tensor:
+        f_BL = self.value_K.new_zeros(self.entries.rows, self.entries.latents)
+        return f_BL.index_put((self.entries.row_K, self.entries.latent_K), self.value_K)
+
+    def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
+        latent_K = self.entries.latent_K
+        present_K = ports.present_L[latent_K].to(self.value_K.dtype)
+        y_BD = Decode.apply(self.value_K, W_SD, self.entries, ports.slices, ports.local_L[latent_K], present_K)
+        return y_BD
+
+    def fires_L(self) -> Tensor:
+        return torch.bincount(self.entries.latent_K, (self.value_K > 0).double(), self.entries.latents).long()
+
+    def l1(self, weight_L: Tensor) -> Tensor:
+        return (self.value_K * weight_L[self.entries.latent_K]).sum() / self.entries.rows
+
+    def smallest(self, norm_L: Tensor) -> Tensor:
+        return _smallest_positive(self.value_K * norm_L[self.entries.latent_K])
+
+
+def _smallest_positive(score: Tensor) -> Tensor:
+    return torch.where(score > 0, score, torch.inf).min() if score.numel() else score.new_tensor(torch.inf)
+
+
+class Pre:
+    """The pre-activations of one batch, h = b + sum over readers of x . W, computed the way an activation asks for them."""
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        x: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        ports: Mapping[str, Ports],
+        bias_L: Tensor,
+    ) -> None:
+        self.wiring, self.x, self.weights, self.ports, self.bias_L = wiring, x, weights, ports, bias_L
+
+    def dense(self) -> Tensor:
+        """h_BL with a graph: for dense methods."""
+        starts = dict.fromkeys(self.weights, 0)
+        spans = []
+        for span in self.wiring.spans:
+            h_BS = self.bias_L[self.wiring.slices[span.name]]
+            for source in self.wiring.readers:  # in a fixed order, so that sums round alike
+                if source in span.readers:
+                    first = starts[source]
+                    h_BS = h_BS + self.x[source] @ self.weights[source][first : first + span.size].T
+                    starts[source] += span.size
+            spans.append(h_BS)
+        return torch.cat(spans, 1) if len(spans) > 1 else spans[0]
+
+    @cached_property
+    def h_BL(self) -> Tensor:
+        """h_BL without a graph: the one dense product that a sparse method needs."""
+        with torch.no_grad():
+            rows = len(next(iter(self.x.values())))
+            h_BL = self.bias_L.detach().repeat(rows, 1)
+            for source in self.wiring.readers:
+                first = 0
+                for one in self.ports[source].slices:
+                    size = one.stop - one.start
+                    h_BL[:, one].addmm_(self.x[source], self.weights[source][first : first + size].T)
+                    first += size
+        return h_BL
+
+    def at(self, entries: Entries) -> Tensor:
+        """h at kept entries, with a graph that reaches those entries only."""
+        sources: Sequence[str] = self.wiring.readers
+        return PreActivation.apply(
+            self.h_BL, entries, [self.ports[s].slices for s in sources], [self.x[s] for s in sources], self.bias_L,
+            *(self.weights[s] for s in sources),
+        )  # fmt: skip
+
+
+class Activation(nn.Module, ABC):
+    """Pre-activations -> codes. Owns what lives per latent: the bias, and thresholds or gates where a method has them."""
+
+    def __init__(self, latents: int) -> None:
+        super().__init__()
+        self.bias_L = nn.Parameter(torch.zeros(latents))
+
+    @abstractmethod
+    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
+        """The codes; `norm_L` weights latents against each other where a method ranks them. Changes nothing."""
+
+    def observe(self, code: Code, norm_L: Tensor) -> None:
+        """Called once per training step, with no graph: the only place where running statistics change."""
+
+    def schedule(self, step: int) -> None:
+        """Called before each training step, for values that depend on the step alone."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward pass, in scaled space: the target and its reconstruction y per writer, and the code between them."""
+
+    target: dict[str, Tensor]
+    y: dict[str, Tensor]
+    code: Code
+    pre: Pre
+    norm_L: Tensor

@@ -1,0 +1,71 @@
+"""What a training run is told. Every key can be given in a TOML file or by --set."""
+
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator
+
+from shared.config import Config
+from train import method as methods
+from train.dictionary import Norm
+from train.scale import Kind
+
+
+class WiringConfig(Config):
+    """Which latents each source reads into and writes from."""
+
+    kind: Literal["autoencoder", "transcoder", "crosscoder", "dedicated"] = "crosscoder"
+    latents: int = Field(ge=1)  # of the whole dictionary
+    sources: list[str] | None = (
+        None  # in order; none: all of the store. A transcoder reads the first, writes the second
+    )
+    exclusive: int | float | dict[str, int | float] = 0.05  # dedicated: latents (integer) or share per source
+    norm: Norm = "sum"  # the decoder norm that weights sparsity and selection: sum, joint, mean, none
+    decoder_norm: float | None = Field(None, gt=0)  # length of fresh decoder vectors; none: 0.4, or 1 for one source
+
+
+class ScaleConfig(Config):
+    """How rows are scaled before the dictionary sees them."""
+
+    kind: Kind = "median_norm"  # none, rms, median_norm
+    centre: bool = True  # subtract the mean of the kept rows
+
+
+class OptimiserConfig(Config):
+    """Adam."""
+
+    lr: float = Field(3e-4, gt=0)  # peak
+    warmup: int = Field(100, ge=0)  # steps from 0 to the peak
+    decay: float = Field(0.2, ge=0, le=1)  # share of the steps, at the end, over which the rate falls to 0
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0)  # largest norm of the gradient
+
+
+class LogConfig(Config):
+    """How often things are written down."""
+
+    every: int = Field(50, ge=1)  # steps between lines of metrics.jsonl
+    checkpoint: int = Field(1000, ge=1)  # steps between checkpoints
+    keep: int = Field(2, ge=1)  # checkpoints that stay
+    measure_rows: int = Field(131_072, ge=1)  # rows of each split that the final measure reads at most
+
+
+class TrainConfig(Config):
+    """The whole of a run."""
+
+    wiring: WiringConfig
+    method: SerializeAsAny[methods.MethodConfig]  # a table with `name` and that method's own keys
+    steps: int = Field(ge=1)  # optimiser updates
+    batch: int = Field(4096, ge=1)  # rows
+    seed: int = 0  # of the order and of the weights
+    dead_rows: int = Field(10_000_000, ge=1)  # a latent is dead that has not fired for so many rows
+    scale: ScaleConfig = ScaleConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    log: LogConfig = LogConfig()
+    device: str = "auto"  # auto: cuda where there is one
+    threads: int | None = Field(None, ge=1)  # of torch on the CPU; none: torch's own choice
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _named_method(cls, value: Any) -> methods.MethodConfig:
+        return methods.parse(value)

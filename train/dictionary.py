@@ -1,0 +1,198 @@
+"""The dictionary: the one nn.Module.
+
+Letters: B rows of a batch, D width of a source, L latents, S latents of one source.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shared import files
+from shared.errors import CheckpointError
+from train import method as methods
+from train.code import Activation, DenseCode, Forward, Ports, Pre
+from train.scale import Scale
+from train.wiring import Span, Wiring
+
+FORMAT = 1
+WEIGHTS, CONFIG = "dictionary.safetensors", "config.json"
+Norm = Literal["sum", "joint", "mean", "none"]
+NORMS = ("sum", "joint", "mean", "none")
+
+
+class Dictionary(nn.Module):
+    """Raw rows in, raw rows out; between them codes over the latents of a wiring.
+
+        x -> scale -> h = b + sum over readers of x W_enc^T -> activation -> f -> y = f W_dec + bias -> unscale -> raw y
+
+    Each source owns one encoder and one decoder matrix (S, D), latent-major, over the spans that it takes part in, so a
+    weight that a span forbids does not exist.
+    """
+
+    def __init__(
+        self, wiring: Wiring, method: methods.MethodConfig, activation: Activation, scale: Scale, norm: Norm
+    ) -> None:
+        super().__init__()
+        self.wiring, self.method, self.norm = wiring, method, norm
+        self.activation, self.scale = activation, scale
+        self.reads = {name: Ports.of(wiring.read_by(name), wiring.latents) for name in wiring.readers}
+        self.writes = {name: Ports.of(wiring.written_to(name), wiring.latents) for name in wiring.writers}
+        self.encoder = nn.ParameterDict({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.reads.items()})
+        self.decoder = nn.ParameterDict({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.writes.items()})
+        self.bias = nn.ParameterDict({n: torch.zeros(wiring.widths[n]) for n in wiring.writers})
+
+    @torch.no_grad()
+    def initialise(self, seed: int, decoder_norm: float) -> "Dictionary":
+        """Random directions of length `decoder_norm` per latent and source in the decoders; encoders equal them where a
+        source both reads and writes (Gao et al. 2024), else directions of their own. Biases are 0.
+
+        Sources that a latent reads are scaled by 1 / their number, so that h does not grow with it.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name in self.wiring.widths:
+            for weights in [table[name] for table in (self.decoder, self.encoder) if name in table]:
+                random = torch.randn(weights.shape, generator=generator)
+                weights.copy_(random * (decoder_norm / torch.linalg.vector_norm(random, dim=1, keepdim=True)))
+            if name in self.decoder and name in self.encoder and self._same_latents(name):
+                self.encoder[name].copy_(self.decoder[name])
+        for name in self.encoder:
+            readers = torch.cat(
+                [torch.full((s.size,), float(len(s.readers))) for s in self.wiring.spans if name in s.readers]
+            )
+            self.encoder[name] /= readers[:, None].to(self.encoder[name].device)
+        return self
+
+    def _same_latents(self, source: str) -> bool:
+        return self.reads[source].slices == self.writes[source].slices
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Dictionary":
+        """Moves the static maps along with the weights (`.to`, `.cuda`)."""
+        super()._apply(fn, recurse)
+        device = self.activation.bias_L.device
+        self.reads = {name: ports.to(device) for name, ports in self.reads.items()}
+        self.writes = {name: ports.to(device) for name, ports in self.writes.items()}
+        return self
+
+    @property
+    def latents(self) -> int:
+        return self.wiring.latents
+
+    def pre(self, x: Mapping[str, Tensor]) -> Pre:
+        """The pre-activations of raw rows {reader: [B, D]}."""
+        scaled = {name: self.scale.scaled(name, x[name]) for name in self.wiring.readers}
+        return Pre(self.wiring, scaled, dict(self.encoder.items()), self.reads, self.activation.bias_L)
+
+    def forward(self, x: Mapping[str, Tensor]) -> Forward:
+        """One pass over raw rows {source: float32 [B, D]} of every reader and writer. Changes nothing."""
+        norm_L = self.norms()
+        pre = self.pre(x)
+        code = self.activation(pre, norm_L)
+        target = {name: self.scale.scaled(name, x[name]) for name in self.wiring.writers}
+        y = {name: code.write(self.decoder[name], self.writes[name]) + self.bias[name] for name in self.wiring.writers}
+        return Forward(target, y, code, pre, norm_L)
+
+    def encode(self, x: Mapping[str, Tensor]) -> Tensor:
+        """The codes f_BL of raw rows {reader: [B, D]}."""
+        code = self.activation(self.pre(x), self.norms())
+        return code.dense()
+
+    def decode(self, f_BL: Tensor) -> dict[str, Tensor]:
+        """Raw rows {writer: [B, D]} of codes."""
+        code = DenseCode(f_BL, f_BL)
+        return {
+            name: self.scale.raw(name, code.write(self.decoder[name], self.writes[name]) + self.bias[name])
+            for name in self.wiring.writers
+        }
+
+    def decoder_norms(self) -> Tensor:
+        """|d| of every latent in every source, in scaled space: [writers, L]; 0 where it does not write."""
+        rows = []
+        for name, ports in self.writes.items():
+            norm_S = torch.linalg.vector_norm(self.decoder[name], dim=1)
+            rows.append(norm_S[ports.local_L] * ports.present_L)
+        return torch.stack(rows)
+
+    def norms(self) -> Tensor:
+        """The norm_L that weights sparsity and selection, by the option `norm`:
+
+        sum    sum over sources of |d| (the crosscoders of Lindsey et al. 2024)
+        joint  length of all that a latent writes, sqrt(sum of |d|^2)
+        mean   sum / number of sources that the latent writes to
+        none   1
+        """
+        norm_WL = self.decoder_norms()
+        if self.norm == "none":
+            return torch.ones_like(norm_WL[0])
+        if self.norm == "joint":
+            return torch.linalg.vector_norm(norm_WL, dim=0)
+        total_L = norm_WL.sum(0)
+        return (
+            total_L / torch.stack([p.present_L for p in self.writes.values()]).sum(0)
+            if self.norm == "mean"
+            else total_L
+        )
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write the folder whole: dictionary.safetensors and config.json."""
+        with files.folder_atomic(folder) as temporary:
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()},
+                temporary / WEIGHTS,
+            )
+            files.write_json(temporary / CONFIG, self.config())
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "sources": self.wiring.widths,
+            "spans": [asdict(span) for span in self.wiring.spans],
+            "method": self.method.model_dump(mode="json"),
+            "norm": self.norm,
+        }
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "Dictionary":
+        """A saved dictionary, in evaluation mode, from its folder or from the folder of the run. Raises CheckpointError."""
+        folder = Path(path)
+        folder = folder if (folder / CONFIG).exists() else folder / "dictionary"
+        try:
+            saved = files.read_json(folder / CONFIG)
+            weights = load_file(folder / WEIGHTS)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                "no dictionary here", path, f"Give a run's folder or its dictionary/ ({error})"
+            ) from None
+        if saved.get("format") != FORMAT:
+            raise CheckpointError("another format of dictionary", saved.get("format"), f"This version reads {FORMAT}")
+        spans = tuple(Span(s["name"], s["size"], tuple(s["readers"]), tuple(s["writers"])) for s in saved["spans"])
+        wiring = Wiring(spans, saved["sources"])
+        made = create(wiring, methods.parse(saved["method"]), Scale(saved["sources"]), saved["norm"], steps=1)[0]
+        made.load_state_dict(weights)
+        return made.to(device).eval()
+
+
+def create(
+    wiring: Wiring, config: methods.MethodConfig, scale: Scale, norm: Norm, steps: int
+) -> tuple[Dictionary, Iterable[Any]]:
+    """A dictionary of zeros and the terms of its method's loss."""
+    built = config.build(wiring, steps)
+    return Dictionary(wiring, config, built.activation, scale, norm), built.terms
+
+
+def default_decoder_norm(wiring: Wiring) -> float:
+    """Length of a fresh decoder vector: 0.4 for a crosscoder (DFC paper, table 2), 1 for a single source."""
+    return 0.4 if len(wiring.writers) > 1 else 1.0
+
+
+def relative_norms(norm_WL: Tensor) -> Tensor:
+    """R = |d_s| / sum over sources of |d|: each source's share of what a latent writes, [writers, L] (DFC paper, eq. 1)."""
+    total_L = norm_WL.sum(0)
+    return torch.where(total_L > 0, norm_WL / total_L.clamp_min(torch.finfo(norm_WL.dtype).tiny), math.nan)

@@ -1,0 +1,166 @@
+"""A run: one loader feeds the trainer; when to log, to checkpoint and to measure is decided here."""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared import config as configs
+from shared import files
+from shared.errors import CheckpointError, ConfigError, TrainingError
+from shared.log import Log, bar
+from shared.store import Store
+from train import checkpoint, dictionary, measure, report, scale, wiring
+from train.config import TrainConfig
+from train.loader import Loader
+from train.order import Order, default_block_rows, default_window_blocks
+from train.reader import kept_rows
+from train.trainer import Trainer
+
+RESOLVED, STORE = "config.toml", "store.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, the trained dictionary (in evaluation mode) and its figures (train.measure)."""
+
+    folder: Path
+    dictionary: dictionary.Dictionary
+    figures: dict[str, Any]
+
+
+def fit(
+    store: Store, config: TrainConfig | Mapping[str, Any], folder: str | Path | None = None, quiet: bool = False
+) -> Run:
+    """Train one dictionary on a store. `config` is a TrainConfig or its tables as a mapping.
+
+    The folder (none: a new one below runs/) gets config.toml, store.json, metrics.jsonl, checkpoints/, dictionary/,
+    measure.json and report.html. Raises ConfigError, WiringError, StoreError, TrainingError or CheckpointError.
+    """
+    asked = config if isinstance(config, TrainConfig) else configs.parse(TrainConfig, config)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    made = prepare(store, asked)
+    path = _new_folder(folder, asked)
+    files.write_atomic(path / RESOLVED, configs.to_toml(asked).encode())
+    files.write_json(path / STORE, {"id": store.header.id, "path": str(store.path)})
+    with Log(path / report.METRICS, quiet) as log:
+        log.event("start", _opening(made, path), **{"dropped": made.dropped, "kept": made.order.kept})
+        _train(store, made, path, log)
+        trained = made.trainer.dictionary.eval()
+        trained.save(path / "dictionary")
+        figures = measure.measure(trained, store, asked.log.measure_rows, quiet)
+        files.write_json(path / report.MEASURE, figures)
+        log.event("measure", figures=figures)
+    report.write(path)
+    return Run(path, trained, figures)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A run that is ready to start."""
+
+    config: TrainConfig
+    trainer: Trainer
+    order: Order
+    sources: list[str]
+    dropped: dict[str, int]
+
+
+def prepare(store: Store, config: TrainConfig) -> Made:
+    """Check everything that can be wrong, and build order, scale, dictionary and trainer. Writes nothing."""
+    sources = config.wiring.sources or list(store.header.sources)
+    widths = {name: store.source(name).width for name in sources}
+    if len(widths) < len(sources):
+        raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
+    wires = wiring.build(config.wiring.kind, widths, config.wiring.latents, config.wiring.exclusive)
+    config.method.build(wires, config.steps)  # refuses before the store is read
+    kept = kept_rows(store, sources)
+    order = Order(kept.kept_N, _block_rows(store, widths), default_window_blocks(config.batch), config.seed)
+    scaled = scale.fit(store, sources, order, config.scale.kind, config.scale.centre)
+    made, terms = dictionary.create(wires, config.method, scaled, config.wiring.norm, config.steps)
+    made.initialise(config.seed, config.wiring.decoder_norm or dictionary.default_decoder_norm(wires))
+    return Made(config, Trainer(made.to(_device(config.device)), list(terms), config), order, sources, kept.dropped)
+
+
+def _block_rows(store: Store, widths: Mapping[str, int]) -> int:
+    return default_block_rows(store.chunk_rows, 2 * min(widths.values()))
+
+
+def _device(asked: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+
+
+def _new_folder(folder: str | Path | None, config: TrainConfig) -> Path:
+    """Never one that holds a run already."""
+    if folder is not None:
+        if (Path(folder) / RESOLVED).exists():
+            raise CheckpointError("this folder holds a run already", folder, "Give another folder (--out)")
+        return Path(folder)
+    name = f"{config.wiring.kind}-{config.method.name}-{config.wiring.latents}"
+    numbers = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10**6))
+    return next(path for path in numbers if not path.exists())
+
+
+def _opening(made: Made, path: Path) -> str:
+    dropped = ", ".join(f"{name} {count:,}" for name, count in made.dropped.items() if count)
+    epochs = made.config.steps * made.config.batch / made.order.kept
+    return (
+        f"training {made.config.wiring.kind} {made.config.method.name} in {path}: {made.order.kept:,} rows "
+        f"(dropped: {dropped or 'none'}), {made.config.steps:,} steps of {made.config.batch:,} rows, {epochs:.1f} epochs"
+    )
+
+
+def _train(store: Store, made: Made, path: Path, log: Log) -> None:
+    config, trainer = made.config, made.trainer
+    identity = {"store": store.header.id, "config": configs.fingerprint(config.model_dump(mode="json"))}
+    device = trainer.idle_L.device
+    steps = range(trainer.step, config.steps)
+    started = time.monotonic()
+    with (
+        Loader(store, made.sources, made.order, config.batch, steps, device) as loader,
+        contextlib.closing(_Console(config, log)) as console,
+    ):
+        for rows in loader:
+            record = trainer.update(rows.x)
+            if trainer.step % config.log.every == 0 or trainer.step == config.steps:
+                values = _finite({name: float(value) for name, value in record.items()}, trainer.step)
+                speed = {"rows_s": loader.rows_served / (time.monotonic() - started), "waited_s": loader.waited_s}
+                log.event(
+                    "step", step=trainer.step, epoch=made.order.epoch(trainer.step * config.batch), **values, **speed
+                )
+                console.show(values)
+            console.tick()
+            if trainer.step % config.log.checkpoint == 0 or trainer.step == config.steps:
+                checkpoint.save(trainer, path / "checkpoints", identity, config.log.keep)
+
+
+def _finite(values: dict[str, float], step: int) -> dict[str, float]:
+    if values["loss"] - values["loss"] != 0:
+        raise TrainingError("the loss is not finite", f"{values['loss']} at step {step}", "Lower optimiser.lr")
+    return values
+
+
+class _Console:
+    """The bar of a run with its latest figures behind it."""
+
+    def __init__(self, config: TrainConfig, log: Log) -> None:
+        self._bar: Any = None if log.quiet else bar("training", "steps", config.steps)
+
+    def show(self, values: Mapping[str, float]) -> None:
+        if self._bar is not None:
+            shown = {"loss": f"{values['loss']:.4g}", "l0": f"{values['l0']:.1f}", "dead": f"{values['dead']:.1%}"}
+            fve = {name: f"{value:.3f}" for name, value in values.items() if name.startswith("fve/")}
+            self._bar.set_postfix(shown | fve, refresh=False)
+
+    def tick(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,187 @@
+"""Measures, defined once: over all rows at once in fp64, per source and per span.
+
+Letters: B rows of a batch, N rows measured, D width of a source, L latents, W writers.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.errors import StoreError
+from shared.log import progress
+from shared.store import HELD_OUT, TRAIN, Store
+from train.dictionary import Dictionary, relative_norms
+from train.order import Order
+from train.reader import Reader, kept_rows
+
+BATCH = 2048
+EXCLUSIVE = 0.8  # R above which a latent counts as exclusive to a source (DFC paper, section 1.5)
+DENSE = 0.1  # share of rows above which a latent counts as dense
+BINS = 20  # of the histogram of R
+
+FORMULAS = {
+    "fve": "1 - sum |x - y|^2 / sum |x - mean|^2 over the held-out rows, mean being theirs",
+    "mse": "mean |x - y|^2 over the held-out rows, in the model's own units",
+    "cosine": "mean cosine of x - mean and y - mean over the held-out rows",
+    "l0": "mean number of positive codes per held-out row",
+    "dead": "share of latents that fire on none of the measured rows, held-out and training",
+    "dense": f"share of latents that fire on more than {DENSE:.0%} of the held-out rows",
+    "exclusive": f"latents that fire and whose share R of the decoder norms is above {EXCLUSIVE} at the source",
+}
+
+
+class Sums:
+    """What is added up per source: rows, error, and the first two moments of the target."""
+
+    def __init__(self, width: int) -> None:
+        self.error = self.square = self.cosine = 0.0
+        self.sum_D = torch.zeros(width, dtype=torch.float64)
+
+    def add(self, x_BD: Tensor, y_BD: Tensor) -> None:
+        """Rows and reconstructions in centred space (any fixed centre), float32."""
+        x_BD, y_BD = x_BD.double(), y_BD.double()
+        self.error += float((x_BD - y_BD).square().sum())
+        self.square += float(x_BD.square().sum())
+        self.sum_D += x_BD.sum(0).cpu()
+        self.cosine += float(torch.cosine_similarity(x_BD, y_BD, dim=1).sum())
+
+    def result(self, rows: int, factor: float) -> dict[str, float]:
+        spread = self.square - float(self.sum_D.square().sum()) / rows
+        fve = 1 - self.error / spread if spread > 0 else math.nan
+        return {"fve": fve, "mse": self.error / rows / factor**2, "cosine": self.cosine / rows}
+
+
+class Measure:
+    """Adds up batches of rows, and gives the figures of all of them together."""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        self.dictionary = dictionary
+        self.rows = 0
+        self.sums = {source: Sums(dictionary.wiring.widths[source]) for source in dictionary.wiring.writers}
+        self.fires_L = torch.zeros(dictionary.latents, dtype=torch.int64)
+
+    @torch.no_grad()
+    def add(self, x: Mapping[str, Tensor]) -> None:
+        """Raw rows {source: [B, D]}."""
+        out = self.dictionary(x)
+        self.rows += len(next(iter(x.values())))
+        self.fires_L += out.code.fires_L().cpu()
+        for source, sums in self.sums.items():
+            sums.add(out.target[source], out.y[source])
+
+    def result(self, also_fires_L: Tensor | None = None) -> dict[str, Any]:
+        """The figures; `also_fires_L` are firings on other rows, which count against being dead."""
+        alive_L = (self.fires_L if also_fires_L is None else self.fires_L + also_fires_L) > 0
+        density_L = self.fires_L.double() / self.rows
+        share_WL = relative_norms(self.dictionary.decoder_norms().detach().cpu())
+        return {
+            "rows": self.rows,
+            "latents": self.dictionary.latents,
+            "l0": float(density_L.sum()),
+            "dead": float((~alive_L).double().mean()),
+            "dense": float((density_L > DENSE).double().mean()),
+            "sources": self._sources(share_WL, alive_L, density_L),
+            "spans": self._spans(alive_L, density_L),
+            "density": _log_histogram(density_L),
+            "r": self._r(share_WL, alive_L),
+        }
+
+    def _sources(self, share_WL: Tensor, alive_L: Tensor, density_L: Tensor) -> dict[str, dict[str, float | None]]:
+        figures: dict[str, dict[str, float | None]] = {}
+        for index, (source, sums) in enumerate(self.sums.items()):
+            exclusive = int(((share_WL[index] > EXCLUSIVE) & alive_L).sum()) if len(share_WL) > 1 else None
+            figures[source] = {
+                **sums.result(self.rows, float(self.dictionary.scale.factor(source))),
+                "l0": float((density_L * self.dictionary.writes[source].present_L.cpu()).sum()),
+                "exclusive": exclusive,
+            }
+        return figures
+
+    def _spans(self, alive_L: Tensor, density_L: Tensor) -> dict[str, dict[str, float]]:
+        return {
+            name: {
+                "latents": one.stop - one.start,
+                "alive": int(alive_L[one].sum()),
+                "l0": float(density_L[one].sum()),
+                "dead": float((~alive_L[one]).double().mean()),
+            }
+            for name, one in self.dictionary.wiring.slices.items()
+        }
+
+    def _r(self, share_WL: Tensor, alive_L: Tensor) -> dict[str, Any]:
+        """Per source, counts of live latents over R in [0, 1], in equal bins. Empty for a single writer."""
+        if len(share_WL) < 2:
+            return {}
+        histograms = {
+            source: torch.histc(share_WL[index][alive_L].float(), BINS, 0, 1).long().tolist()
+            for index, source in enumerate(self.sums)
+        }
+        return {"edges": np.linspace(0, 1, BINS + 1).round(4).tolist(), "counts": histograms}
+
+
+def _log_histogram(density_L: Tensor) -> dict[str, Any]:
+    """How many latents fire on which share of rows: bins of half a decade, and those that never fire apart."""
+    edges = np.arange(-6, 0.25, 0.5)
+    fired = density_L[density_L > 0].log10().clamp(-6, -1e-9).numpy()
+    return {
+        "log10_edges": edges.tolist(),
+        "counts": np.histogram(fired, edges)[0].tolist(),
+        "never": int((density_L == 0).sum()),
+    }
+
+
+@contextmanager
+def evaluating(dictionary: Dictionary) -> Iterator[None]:
+    """Evaluation mode inside, the mode of before outside."""
+    training = dictionary.training
+    dictionary.eval()
+    try:
+        yield
+    finally:
+        dictionary.train(training)
+
+
+def sources_of(dictionary: Dictionary) -> list[str]:
+    return list(dictionary.wiring.widths)
+
+
+def measure(dictionary: Dictionary, store: Store, most: int = 131_072, quiet: bool = False) -> dict[str, Any]:
+    """The figures of a dictionary on a store: FVE and the like on held-out rows, dead latents on training rows too.
+
+    At most `most` rows of either split are read, a keyed sample where there are more; the filter is that of training.
+    Raises StoreError where no held-out row is left.
+    """
+    device = dictionary.activation.bias_L.device
+    with evaluating(dictionary):
+        measures = []
+        for split, what in ((HELD_OUT, "measuring, held out"), (TRAIN, "measuring, training")):
+            rows = _sample(store, dictionary, split, most)
+            one = Measure(dictionary)
+            for x in progress(
+                _batches(store, dictionary, rows, device), what, "batches", -(-len(rows) // BATCH), quiet
+            ):
+                one.add(x)
+            measures.append(one)
+        held_out, training = measures
+        return held_out.result(training.fires_L) | {"training_rows": training.rows}
+
+
+def _sample(store: Store, dictionary: Dictionary, split: int, most: int) -> np.ndarray:
+    kept = kept_rows(store, sources_of(dictionary), split).kept_N
+    if not kept.any() and split == HELD_OUT:
+        way_out = "Harvest with rows.held_out above 0, or more documents"
+        raise StoreError("no held-out row to measure on", store.path, way_out)
+    return Order(kept, store.chunk_rows, 1, seed=0).sample(most, seed=0)
+
+
+def _batches(
+    store: Store, dictionary: Dictionary, rows: np.ndarray, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    with Reader(store, sources_of(dictionary)) as reader:
+        for _, stored in reader.stream(rows, BATCH):
+            yield {n: torch.from_numpy(x).to(device).float() * store.factor(n) for n, x in stored.items()}

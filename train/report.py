@@ -1,0 +1,173 @@
+"""A run's folder -> report.html: one self-contained page of curves, histograms and figures."""
+
+import html
+import io
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared import files
+from shared.errors import CheckpointError
+from train.measure import FORMULAS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+METRICS, MEASURE, PAGE = "metrics.jsonl", "measure.json", "report.html"
+SIZE = (5.2, 3.1)  # of a picture, in inches
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 1.8em }
+table { border-collapse: collapse } th, td { padding: .25em .9em .25em 0; text-align: right }
+th:first-child, td:first-child { text-align: left } th { border-bottom: 1px solid #999; font-weight: 600 }
+.pictures { display: flex; flex-wrap: wrap; gap: 1em } .pictures svg { max-width: 100%; height: auto }
+pre { background: #f5f5f5; padding: 1em; overflow-x: auto } .note { color: #666; font-size: .9em }
+"""
+
+
+def write(folder: Path) -> Path:
+    """Write report.html into a run's folder from its metrics, figures and config. Raises CheckpointError."""
+    try:
+        figures = files.read_json(folder / MEASURE)
+        config = (folder / "config.toml").read_text(encoding="utf-8")
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise CheckpointError("no finished run here", folder, f"Give the folder of a run ({error})") from None
+    events = [json.loads(line) for line in lines]
+    page = _page(folder.name, [e for e in events if e["event"] == "step"], figures, config)
+    files.write_atomic(folder / PAGE, page.encode())
+    return folder / PAGE
+
+
+def _page(name: str, steps: Sequence[Mapping[str, Any]], figures: Mapping[str, Any], config: str) -> str:
+    wiring = tomllib.loads(config)["wiring"]["kind"]
+    pictures = [_loss(steps), _fve(steps), _density(figures), *([_r(figures)] if figures["r"] else [])]
+    sections = [
+        f"<h1>{html.escape(name)}: {html.escape(wiring)}, {figures['latents']:,} latents</h1>",
+        "<h2>Figures</h2>", *(_table(table) for table in tables(figures)), _legend(figures),
+        "<h2>Pictures</h2>", f'<div class="pictures">{"".join(pictures)}</div>',
+        "<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>",
+    ]  # fmt: skip
+    head = f'<meta charset="utf-8"><title>{html.escape(name)}</title><style>{STYLE}</style>'
+    return f"<!DOCTYPE html><html><head>{head}</head><body>{''.join(sections)}</body></html>\n"
+
+
+def tables(figures: Mapping[str, Any]) -> list[list[list[str]]]:
+    """The figures as a person reads them: per source, per span, and of the whole. First rows are headings."""
+    source = [["source", "FVE", "MSE", "cosine", "L0", "exclusive latents"]]
+    for name, one in figures["sources"].items():
+        exclusive = "-" if one["exclusive"] is None else f"{one['exclusive']:,}"
+        source.append(
+            [name, f"{one['fve']:.4f}", f"{one['mse']:.5g}", f"{one['cosine']:.4f}", f"{one['l0']:.2f}", exclusive]
+        )
+    span = [["span", "latents", "alive", "dead", "L0"]]
+    for name, one in figures["spans"].items():
+        span.append([name, f"{one['latents']:,}", f"{one['alive']:,}", f"{one['dead']:.2%}", f"{one['l0']:.2f}"])
+    whole = [
+        ["dictionary", "latents", "L0", "dead", "dense", "held-out rows"],
+        [
+            "all",
+            f"{figures['latents']:,}",
+            f"{figures['l0']:.2f}",
+            f"{figures['dead']:.2%}",
+            f"{figures['dense']:.2%}",
+            f"{figures['rows']:,}",
+        ],
+    ]
+    return [source, span, whole]
+
+
+def text(figures: Mapping[str, Any]) -> str:
+    """The tables for a terminal."""
+    blocks = []
+    for table in tables(figures):
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        rows = [
+            "  ".join(_aligned(cell, width, n == 0) for n, (cell, width) in enumerate(zip(row, widths, strict=True)))
+            for row in table
+        ]
+        blocks.append("\n".join(rows))
+    return "\n\n".join(blocks)
+
+
+def _aligned(cell: str, width: int, left: bool) -> str:
+    return cell.ljust(width) if left else cell.rjust(width)
+
+
+def _table(table: Sequence[Sequence[str]]) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<p><table>{row(table[0], 'th')}{''.join(row(cells, 'td') for cells in table[1:])}</table></p>"
+
+
+def _legend(figures: Mapping[str, Any]) -> str:
+    rows = f"Rows: {figures['rows']:,} held out, {figures['training_rows']:,} of training (for dead latents)."
+    formulas = "; ".join(f"{name}: {formula}" for name, formula in FORMULAS.items())
+    return f'<p class="note">{html.escape(rows)} {html.escape(formulas)}.</p>'
+
+
+def _loss(steps: Sequence[Mapping[str, Any]]) -> str:
+    def draw(axes: "Axes") -> None:
+        axes.plot([s["step"] for s in steps], [s["loss"] for s in steps])
+        axes.set(title="Loss", xlabel="step", ylabel="loss", yscale="log")
+
+    return _picture(draw)
+
+
+def _fve(steps: Sequence[Mapping[str, Any]]) -> str:
+    def draw(axes: "Axes") -> None:
+        for key in [key for key in steps[0] if key.startswith("fve/")]:
+            axes.plot([s["step"] for s in steps], [s[key] for s in steps], label=key.removeprefix("fve/"))
+        axes.set(title="Fraction of variance explained (training batches)", xlabel="step", ylabel="FVE")
+        axes.set_ylim(min(0.0, *axes.get_ylim()), 1)
+        axes.legend()
+
+    return _picture(draw)
+
+
+def _density(figures: Mapping[str, Any]) -> str:
+    histogram = figures["density"]
+
+    def draw(axes: "Axes") -> None:
+        axes.stairs(histogram["counts"], histogram["log10_edges"], fill=True)
+        title = f"Latent density (held out; {histogram['never']:,} never fire there)"
+        axes.set(title=title, xlabel="log10 of the share of rows", ylabel="latents")
+
+    return _picture(draw)
+
+
+def _r(figures: Mapping[str, Any]) -> str:
+    edges, counts = figures["r"]["edges"], figures["r"]["counts"]
+    shown = list(counts)[:1] if len(counts) == 2 else list(counts)  # of two sources, one says it all
+
+    def draw(axes: "Axes") -> None:
+        for source in shown:
+            axes.stairs(counts[source], edges, fill=len(shown) == 1, label=source)
+        others = " + ".join(f"|d_{name}|" for name in counts)
+        axes.set(
+            title="Relative decoder norm of live latents",
+            xlabel=f"R = |d_{'x' if len(shown) > 1 else shown[0]}| / ({others})",
+        )
+        axes.set(ylabel="latents", yscale="symlog")
+        if len(shown) > 1:
+            axes.legend()
+
+    return _picture(draw)
+
+
+def _picture(draw: Any) -> str:
+    """An SVG with text as text and no date, so that the same run gives the same page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "granary"}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        draw(figure.subplots())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    picture = buffer.getvalue()
+    return picture[picture.index("<svg") :]

@@ -1,0 +1,85 @@
+"""One update of one dictionary; the order of operations is written here, once.
+
+Letters: B rows of a batch, D width of a source, L latents.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.code import Forward
+from train.config import TrainConfig
+from train.dictionary import Dictionary
+from train.objective import Now, Term
+from train.schedule import learning_rate
+
+
+class Trainer:
+    """Owns time: the step, the idle counts, the optimiser and its schedule.
+
+    schedules -> forward -> terms -> backward -> clip -> Adam -> observe -> idle counts -> step + 1
+    """
+
+    def __init__(self, dictionary: Dictionary, terms: Sequence[Term], config: TrainConfig) -> None:
+        self.dictionary, self.terms, self.config = dictionary.train(), terms, config
+        adam = config.optimiser
+        self.rate = learning_rate(adam.lr, config.steps, adam.warmup, round(adam.decay * config.steps))
+        self.parameters = [parameter for parameter in dictionary.parameters() if parameter.requires_grad]
+        self.optimiser = torch.optim.Adam(self.parameters, lr=adam.lr, betas=(adam.beta1, adam.beta2), fused=True)
+        self.step = 0
+        self.idle_L = torch.zeros(dictionary.latents, dtype=torch.int64, device=dictionary.activation.bias_L.device)
+
+    @property
+    def dead_L(self) -> Tensor:
+        """Latents that have not fired for `dead_rows` rows, bool."""
+        return self.idle_L >= self.config.dead_rows
+
+    def update(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Learn from raw rows {source: float32 [B, D]}.
+
+        Returns detached scalars: loss, the terms, gradient (its norm), l0, dead, fve/<source>.
+        """
+        self.dictionary.activation.schedule(self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate(self.step)
+        now = Now(self.step, self.dead_L)
+        out = self.dictionary(x)
+        values = {term.name: term(self.dictionary, out, now) for term in self.terms}
+        loss = torch.stack([term.weight(self.step) * values[term.name] for term in self.terms]).sum()
+        self.optimiser.zero_grad()
+        loss.backward()
+        gradient = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimiser.clip)
+        self.optimiser.step()
+        with torch.no_grad():
+            self.dictionary.activation.observe(out.code, out.norm_L)
+            fires_L = out.code.fires_L()
+            rows = len(next(iter(x.values())))
+            self.idle_L = torch.where(fires_L > 0, 0, self.idle_L + rows)
+            self.step += 1
+            record = {"loss": loss, **values, "gradient": gradient, "l0": fires_L.sum() / rows, **_fve(out)}
+            return {name: value.detach() for name, value in record.items()} | {"dead": now.dead_L.float().mean()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next update depends on."""
+        return {
+            "dictionary": self.dictionary.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "idle_L": self.idle_L,
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.dictionary.load_state_dict(state["dictionary"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.idle_L, self.step = state["idle_L"].to(self.idle_L.device), state["step"]
+
+
+def _fve(out: Forward) -> dict[str, Tensor]:
+    """1 - |x - y|^2 / |x - mean|^2 of the batch, per source. For the log; `measure` sums over all rows."""
+    shares = {}
+    for source, target_BD in out.target.items():
+        error = (target_BD - out.y[source]).square().sum()
+        shares[f"fve/{source}"] = 1 - error / (target_BD - target_BD.mean(0)).square().sum()
+    return shares

@@ -1,0 +1,123 @@
+"""Which latents each source reads into and writes from: what sets an SAE, a transcoder, a crosscoder and a DFC apart.
+
+autoencoder(a)        all: a reads, a writes
+transcoder(a, b)      all: a reads, b writes
+crosscoder(a, b, ..)  all: everyone reads and writes
+dedicated(a, b, ..)   only_a | shared: everyone | only_b (| only_c ...)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from shared.errors import WiringError
+
+KINDS = ("autoencoder", "transcoder", "crosscoder", "dedicated")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A named run of latents with the same readers and writers."""
+
+    name: str
+    size: int
+    readers: tuple[str, ...]
+    writers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """An ordered list of spans over sources of given widths. Latents are numbered through all spans."""
+
+    spans: tuple[Span, ...]
+    widths: dict[str, int]
+
+    def __post_init__(self) -> None:
+        for span in self.spans:
+            if span.size < 1:
+                raise WiringError("a span needs at least one latent", f"{span.name} has {span.size}", "Add latents")
+            if not span.readers or not span.writers:
+                raise WiringError("a span needs readers and writers", span.name, "Name sources for both")
+
+    @property
+    def latents(self) -> int:
+        return sum(span.size for span in self.spans)
+
+    @cached_property
+    def readers(self) -> tuple[str, ...]:
+        """The sources that any span reads, in the order of `widths`."""
+        return tuple(name for name in self.widths if any(name in span.readers for span in self.spans))
+
+    @cached_property
+    def writers(self) -> tuple[str, ...]:
+        return tuple(name for name in self.widths if any(name in span.writers for span in self.spans))
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """{span name: its latents}."""
+        edges = [0]
+        for span in self.spans:
+            edges.append(edges[-1] + span.size)
+        return {span.name: slice(a, b) for span, a, b in zip(self.spans, edges, edges[1:], strict=False)}
+
+    def read_by(self, source: str) -> tuple[slice, ...]:
+        """The latents into which `source` is read, as few slices as there are."""
+        return _joined([self.slices[span.name] for span in self.spans if source in span.readers])
+
+    def written_to(self, source: str) -> tuple[slice, ...]:
+        """The latents that write to `source`."""
+        return _joined([self.slices[span.name] for span in self.spans if source in span.writers])
+
+
+def _joined(slices: Sequence[slice]) -> tuple[slice, ...]:
+    joined: list[slice] = []
+    for one in slices:
+        if joined and joined[-1].stop == one.start:
+            joined[-1] = slice(joined[-1].start, one.stop)
+        else:
+            joined.append(one)
+    return tuple(joined)
+
+
+def size_of(slices: Sequence[slice]) -> int:
+    return sum(one.stop - one.start for one in slices)
+
+
+def build(
+    kind: str, widths: Mapping[str, int], latents: int, exclusive: float | int | Mapping[str, float | int] = 0.05
+) -> Wiring:
+    """A wiring by its name over sources in order. `exclusive` is for `dedicated` alone: latents (an integer) or a share
+    of all latents (a fraction, rounded) that each source has to itself, as one value or per source.
+
+    Raises WiringError where the number of sources or the sizes do not fit.
+    """
+    names = tuple(widths)
+    least, most = {"autoencoder": (1, 1), "transcoder": (2, 2)}.get(kind, (2, None))
+    if len(names) < least or (most is not None and len(names) > most):
+        wanted = f"{least}" if most == least else f"{least} or more"
+        raise WiringError(f"{kind} needs {wanted} source(s)", ", ".join(names), "Set wiring.sources")
+    if kind == "transcoder":
+        return Wiring((Span("all", latents, names[:1], names[1:]),), dict(widths))
+    if kind in ("autoencoder", "crosscoder"):
+        return Wiring((Span("all", latents, names, names),), dict(widths))
+    return _dedicated(names, widths, latents, exclusive)
+
+
+def _dedicated(
+    names: tuple[str, ...], widths: Mapping[str, int], latents: int, exclusive: float | int | Mapping[str, float | int]
+) -> Wiring:
+    sizes = {name: _size(exclusive, name, latents) for name in names}
+    shared = latents - sum(sizes.values())
+    if shared < 1:
+        given = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise WiringError(f"no latent is left to share of {latents}", given, "Lower wiring.exclusive")
+    own = [Span(f"only_{name}", size, (name,), (name,)) for name, size in sizes.items()]
+    return Wiring((own[0], Span("shared", shared, names, names), *own[1:]), dict(widths))
+
+
+def _size(exclusive: float | int | Mapping[str, float | int], name: str, latents: int) -> int:
+    if isinstance(exclusive, Mapping):
+        if name not in exclusive:
+            raise WiringError("wiring.exclusive names every source or none", name, f"Add exclusive.{name}")
+        exclusive = exclusive[name]
+    return exclusive if isinstance(exclusive, int) else round(exclusive * latents)
