@@ -13,6 +13,7 @@ from torch import Tensor
 from shared.store import CLIPPED, MASKED, SINK
 
 FP16_MAX = 65_504.0
+LARGEST_NORM = float(torch.finfo(torch.float32).max)  # no norm is above it; JSON has no infinity
 HEADROOM = 4.0  # times the largest component that the calibration saw
 SINK_MULTIPLE = 10.0  # a row is a sink where its norm is above this multiple of the median (pitfalls of Qwen, Gemma)
 
@@ -53,5 +54,5 @@ def calibrated(norms: list[Tensor], largest: float) -> dict[str, float]:
         "factor": factor_for(largest),
         "largest": largest,
         "median_norm": median,
-        "sink_norm": SINK_MULTIPLE * median if median else math.inf,
+        "sink_norm": SINK_MULTIPLE * median if median else LARGEST_NORM,
     }

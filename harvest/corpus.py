@@ -67,7 +67,7 @@ def _open(config: CorpusConfig) -> Iterator[Document]:
         return (document for file in found for document in _file(file, config, file.relative_to(path).as_posix()))
     if path.is_file():
         return _file(path, config, path.name)
-    if path.suffix in SUFFIXES or config.path.startswith((".", "/", "~")):
+    if not path.is_dir() and (path.suffix in SUFFIXES or config.path.startswith((".", "/", "~"))):
         raise CorpusError("no such corpus", config.path, "Check corpus.path")
     return _dataset(path, config)
 
@@ -84,7 +84,7 @@ def _file(path: Path, config: CorpusConfig, label: str) -> Iterator[Document]:
                 given if given is not None else label if path.suffix == ".txt" else f"{label}:{number}", text
             )
     except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError("cannot read the corpus", path, f"It must be readable UTF-8 ({error})") from None
+        raise CorpusError("cannot read the corpus", path, f"It must be readable UTF-8 ({_reason(error)})") from None
 
 
 def _txt(path: Path, config: CorpusConfig) -> Iterator[tuple[str | None, str]]:
@@ -112,8 +112,9 @@ def _parquet(path: Path, config: CorpusConfig) -> Iterator[tuple[str | None, str
         for batch in table.iter_batches():
             for record in batch.to_pylist():
                 yield _fields(record, config, str(path))
-    except pyarrow.ArrowInvalid as error:
-        raise CorpusError("cannot read the corpus", path, f"It is not a parquet file ({error})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        way_out = f"It must be a whole parquet file ({_reason(error)})"
+        raise CorpusError("cannot read the corpus", path, way_out) from None
 
 
 def _dataset(path: Path, config: CorpusConfig) -> Iterator[Document]:
@@ -126,11 +127,16 @@ def _dataset(path: Path, config: CorpusConfig) -> Iterator[Document]:
         else:
             records = datasets.load_dataset(config.path, config.name, split=config.split)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CorpusError("no such corpus here or on the hub", config.path, f"Check corpus.path ({reason})") from None
+        way_out = f"Check corpus.path ({_reason(error)})"
+        raise CorpusError("no such corpus here or on the hub", config.path, way_out) from None
     for number, record in enumerate(records):
         given, text = _fields(record, config, config.path)
         yield Document(given if given is not None else f"{config.split}:{number}", text)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message: libraries write pages."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _is_dataset(path: Path) -> bool:

@@ -17,6 +17,7 @@ TEMPORARY = ".partial"  # suffix of every name that is not yet whole
 
 def write_atomic(path: Path, parts: bytes | Iterable[bytes | memoryview]) -> None:
     """Write `parts` one after another to `path`: after a crash the file is the old one, the new one, or absent."""
+    new = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
@@ -28,7 +29,8 @@ def write_atomic(path: Path, parts: bytes | Iterable[bytes | memoryview]) -> Non
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    for folder in [path.parent, *(folder.parent for folder in new)]:
+        sync_folder(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

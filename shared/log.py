@@ -32,7 +32,7 @@ class Log:
                 **({"message": message} if message else {}),
                 **fields,
             }
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
             self._file.flush()
         if message and not self.quiet:
             tqdm.write(message, file=sys.stderr)

@@ -100,7 +100,8 @@ class Store:
 
     @classmethod
     def create(cls, path: Path, header: Header, tables: Mapping[str, np.ndarray]) -> "Store":
-        """Write the plan: the group and `tables` {array name: values}, whole or not at all."""
+        """Write the plan: the group and `tables` {array name: values}, whole or not at all. The path must be free."""
+        assert not path.exists()
         with files.folder_atomic(path) as folder:
             staged = cls(folder, header)
             zarr.create_group(folder, zarr_format=3, attributes=header.attributes())
@@ -148,6 +149,7 @@ class Store:
         for name, part in parts.items():
             rows = self.rows_of(shard)
             assert part.activations_ND.shape == (len(rows), self.header.sources[name].width)
+            assert (part.activations_ND.dtype, part.norms_N.dtype, part.faults_N.dtype) == ("f2", "f4", "u1")
             written |= self._write_shard(f"activations/{name}", shard, part.activations_ND)
             written |= self._write(f"norms/{name}", (shard,), _padded(part.norms_N, self.shard_rows, np.nan))
             written |= self._write(f"faults/{name}", (shard,), _padded(part.faults_N, self.shard_rows, 0))
@@ -175,6 +177,9 @@ class Store:
             receipt = files.read_json(path)
             table["receipts"][path.name] = _crc([path.read_bytes()])
             table["files"] |= {name: [entry["size"], entry["crc32c"]] for name, entry in receipt["files"].items()}
+        for path in sorted(self.path.rglob("zarr.json")):
+            data = path.read_bytes()
+            table["files"][str(path.relative_to(self.path))] = [len(data), _crc([data])]
         files.write_json(self.path / SEALED, table)
 
     @property
@@ -252,16 +257,14 @@ class Store:
         return maps[0] if len(maps) == 1 else np.concatenate(maps)
 
     def read(self, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """Rows `start` to `stop` in the model's own units: {source: float32 [rows, width]}."""
+        """Rows [start:stop] as Python slices them, in the model's own units: {source: float32 [rows, width]}."""
+        start, stop, _ = slice(start, stop).indices(self.rows)
         found = {}
-        for name in self.header.sources:
-            shards = range(start // self.shard_rows, -(-min(stop, self.rows) // self.shard_rows))
-            pieces = [
-                self.map(f"activations/{name}", shard)[
-                    max(start - shard * self.shard_rows, 0) : stop - shard * self.shard_rows
-                ]
-                for shard in shards
-            ]
+        for name, source in self.header.sources.items():
+            pieces = [np.empty((0, source.width), np.float16)]
+            for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
+                first = shard * self.shard_rows
+                pieces.append(self.map(f"activations/{name}", shard)[max(start - first, 0) : stop - first])
             found[name] = torch.from_numpy(np.concatenate(pieces)).float() * self.factor(name)
         return found
 

@@ -116,7 +116,7 @@ def wordpiece(size: int = 500, lower: bool = True) -> Spelling:
 
 
 def hand_made(words: list[str], bos: bool = False) -> Spelling:
-    """Splits a text into the longest of `words` from the left; what none of them spells is left out."""
+    """Splits a text into `words`, the longest from the left. A text with anything else is not spelled."""
     special = ["<s>"] if bos else []
     vocabulary = {word: index for index, word in enumerate([*special, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +23,7 @@ def save(trainer: Trainer, folder: Path, identity: Mapping[str, Any], keep: int)
     tensors = {f"dictionary/{name}": value for name, value in state["dictionary"].items()} | {"idle_L": state["idle_L"]}
     for index, moments in state["optimiser"]["state"].items():
         tensors |= {f"optimiser/{index}/{name}": value for name, value in moments.items()}
+    files.sweep(folder)  # of what a killed run left
     with files.folder_atomic(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary / TENSORS)
         groups = state["optimiser"]["param_groups"]
@@ -33,14 +35,15 @@ def save(trainer: Trainer, folder: Path, identity: Mapping[str, Any], keep: int)
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / STATE).exists())
+    whole = (path for path in folder.glob("step_*") if path.suffix != files.TEMPORARY)
+    return sorted(path for path in whole if (path / STATE).exists())
 
 
 def load(trainer: Trainer, path: Path, identity: Mapping[str, Any]) -> None:
     """Put a checkpoint into a trainer of the same config. Raises CheckpointError, naming what differs."""
     try:
         saved, tensors = files.read_json(path / STATE), load_file(path / TENSORS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError("no checkpoint here", path, f"Give a folder step_... of a run ({error})") from None
     different = [key for key, value in identity.items() if saved.get(key) != value]
     if different:

@@ -76,7 +76,7 @@ def run(
 def measure(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run, or its dictionary/.")],
     cache: Annotated[Path | None, typer.Option("--store", help="The store to measure on; none: the run's own.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows of each split to read at most.")] = 131_072,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each split to read at most.")] = 131_072,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -128,9 +128,8 @@ def show(
     for name, width in described["sources"].items():
         print(f"source      {name}: width {width}, scale factor {described['scale'][name]:.6g}")
     for span in described["spans"]:
-        print(
-            f"span        {span['name']}: {span['size']:,} latents, {' + '.join(span['readers'])} -> {' + '.join(span['writers'])}"
-        )
+        ends = f"{' + '.join(span['readers'])} -> {' + '.join(span['writers'])}"
+        print(f"span        {span['name']}: {span['size']:,} latents, {ends}")
 
 
 def _own_store(folder: Path) -> Path:

@@ -125,7 +125,7 @@ def _smallest_positive(score: Tensor) -> Tensor:
 
 
 class Pre:
-    """The pre-activations of one batch, h = b + sum over readers of x . W, computed the way an activation asks for them."""
+    """The pre-activations of one batch, h = b + sum over readers of x . W, computed as an activation asks for them."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class Pre:
 
 
 class Activation(nn.Module, ABC):
-    """Pre-activations -> codes. Owns what lives per latent: the bias, and thresholds or gates where a method has them."""
+    """Pre-activations -> codes. Owns what lives per latent: the bias, and a method's thresholds or gates."""
 
     def __init__(self, latents: int) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """What a training run is told. Every key can be given in a TOML file or by --set."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
@@ -13,7 +14,7 @@ from train.scale import Kind
 class WiringConfig(Config):
     """Which latents each source reads into and writes from."""
 
-    kind: Literal["autoencoder", "transcoder", "crosscoder", "dedicated"] = "crosscoder"
+    kind: Literal["autoencoder", "transcoder", "crosscoder", "dedicated"] = "crosscoder"  # who reads and writes
     latents: int = Field(ge=1)  # of the whole dictionary
     sources: list[str] | None = (
         None  # in order; none: all of the store. A transcoder reads the first, writes the second
@@ -36,8 +37,8 @@ class OptimiserConfig(Config):
     lr: float = Field(3e-4, gt=0)  # peak
     warmup: int = Field(100, ge=0)  # steps from 0 to the peak
     decay: float = Field(0.2, ge=0, le=1)  # share of the steps, at the end, over which the rate falls to 0
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
+    beta1: float = Field(0.9, ge=0, lt=1)  # decay of the mean of the gradient
+    beta2: float = Field(0.999, ge=0, lt=1)  # decay of the mean of its square
     clip: float = Field(1.0, gt=0)  # largest norm of the gradient
 
 
@@ -67,5 +68,5 @@ class TrainConfig(Config):
 
     @field_validator("method", mode="before")
     @classmethod
-    def _named_method(cls, value: Any) -> methods.MethodConfig:
-        return methods.parse(value)
+    def _named_method(cls, value: Any) -> Any:
+        return methods.parse(value) if isinstance(value, Mapping | str) else value

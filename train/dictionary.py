@@ -4,17 +4,18 @@ Letters: B rows of a batch, D width of a source, L latents, S latents of one sou
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shared import files
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ConfigError
 from train import method as methods
 from train.code import Activation, DenseCode, Forward, Ports, Pre
 from train.scale import Scale
@@ -24,6 +25,25 @@ FORMAT = 1
 WEIGHTS, CONFIG = "dictionary.safetensors", "config.json"
 Norm = Literal["sum", "joint", "mean", "none"]
 NORMS = ("sum", "joint", "mean", "none")
+
+
+class Weights(nn.Module):
+    """{source: parameter}, saved as `<table>.<source>`. nn.ParameterDict refuses sources named `half` or `values`."""
+
+    def __init__(self, table: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._parameters.update({name: nn.Parameter(value) for name, value in table.items()})
+
+    def __getitem__(self, source: str) -> nn.Parameter:
+        found = self._parameters[source]
+        assert found is not None
+        return found
+
+    def __contains__(self, source: str) -> bool:
+        return source in self._parameters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
 
 
 class Dictionary(nn.Module):
@@ -43,9 +63,9 @@ class Dictionary(nn.Module):
         self.activation, self.scale = activation, scale
         self.reads = {name: Ports.of(wiring.read_by(name), wiring.latents) for name in wiring.readers}
         self.writes = {name: Ports.of(wiring.written_to(name), wiring.latents) for name in wiring.writers}
-        self.encoder = nn.ParameterDict({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.reads.items()})
-        self.decoder = nn.ParameterDict({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.writes.items()})
-        self.bias = nn.ParameterDict({n: torch.zeros(wiring.widths[n]) for n in wiring.writers})
+        self.encoder = Weights({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.reads.items()})
+        self.decoder = Weights({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.writes.items()})
+        self.bias = Weights({n: torch.zeros(wiring.widths[n]) for n in wiring.writers})
 
     @torch.no_grad()
     def initialise(self, seed: int, decoder_norm: float) -> "Dictionary":
@@ -65,7 +85,7 @@ class Dictionary(nn.Module):
             readers = torch.cat(
                 [torch.full((s.size,), float(len(s.readers))) for s in self.wiring.spans if name in s.readers]
             )
-            self.encoder[name] /= readers[:, None].to(self.encoder[name].device)
+            self.encoder[name].div_(readers[:, None].to(self.encoder[name].device))
         return self
 
     def _same_latents(self, source: str) -> bool:
@@ -86,7 +106,7 @@ class Dictionary(nn.Module):
     def pre(self, x: Mapping[str, Tensor]) -> Pre:
         """The pre-activations of raw rows {reader: [B, D]}."""
         scaled = {name: self.scale.scaled(name, x[name]) for name in self.wiring.readers}
-        return Pre(self.wiring, scaled, dict(self.encoder.items()), self.reads, self.activation.bias_L)
+        return Pre(self.wiring, scaled, {n: self.encoder[n] for n in self.encoder}, self.reads, self.activation.bias_L)
 
     def forward(self, x: Mapping[str, Tensor]) -> Forward:
         """One pass over raw rows {source: float32 [B, D]} of every reader and writer. Changes nothing."""
@@ -160,13 +180,16 @@ class Dictionary(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "Dictionary":
-        """A saved dictionary, in evaluation mode, from its folder or from the folder of the run. Raises CheckpointError."""
+        """A saved dictionary, in evaluation mode, from its folder or from that of the run.
+
+        Raises CheckpointError where there is none, ConfigError for a device that cannot be used.
+        """
         folder = Path(path)
         folder = folder if (folder / CONFIG).exists() else folder / "dictionary"
         try:
             saved = files.read_json(folder / CONFIG)
             weights = load_file(folder / WEIGHTS)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(
                 "no dictionary here", path, f"Give a run's folder or its dictionary/ ({error})"
             ) from None
@@ -176,7 +199,7 @@ class Dictionary(nn.Module):
         wiring = Wiring(spans, saved["sources"])
         made = create(wiring, methods.parse(saved["method"]), Scale(saved["sources"]), saved["norm"], steps=1)[0]
         made.load_state_dict(weights)
-        return made.to(device).eval()
+        return made.to(device_of(device)).eval()
 
 
 def create(
@@ -187,12 +210,25 @@ def create(
     return Dictionary(wiring, config, built.activation, scale, norm), built.terms
 
 
+def device_of(name: str) -> torch.device:
+    """A device by its name; auto is cuda where there is one. Raises ConfigError where it cannot be used."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for this kind of device
+        raise ConfigError("this device cannot be used", name, f"Use cpu, cuda or auto ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
 def default_decoder_norm(wiring: Wiring) -> float:
     """Length of a fresh decoder vector: 0.4 for a crosscoder (DFC paper, table 2), 1 for a single source."""
     return 0.4 if len(wiring.writers) > 1 else 1.0
 
 
 def relative_norms(norm_WL: Tensor) -> Tensor:
-    """R = |d_s| / sum over sources of |d|: each source's share of what a latent writes, [writers, L] (DFC paper, eq. 1)."""
+    """R = |d_s| / sum over sources of |d|: the share in what a latent writes, [writers, L] (DFC paper, eq. 1)."""
     total_L = norm_WL.sum(0)
     return torch.where(total_L > 0, norm_WL / total_L.clamp_min(torch.finfo(norm_WL.dtype).tiny), math.nan)

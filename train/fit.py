@@ -1,6 +1,7 @@
 """A run: one loader feeds the trainer; when to log, to checkpoint and to measure is decided here."""
 
 import contextlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,13 +42,13 @@ def fit(
     The folder (none: a new one below runs/) gets config.toml, store.json, metrics.jsonl, checkpoints/, dictionary/,
     measure.json and report.html. Raises ConfigError, WiringError, StoreError, TrainingError or CheckpointError.
     """
-    asked = config if isinstance(config, TrainConfig) else configs.parse(TrainConfig, config)
+    asked = configs.parse(TrainConfig, config) if isinstance(config, Mapping) else config
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    made = prepare(store, asked)
     path = _new_folder(folder, asked)
+    made = prepare(store, asked)
     files.write_atomic(path / RESOLVED, configs.to_toml(asked).encode())
-    files.write_json(path / STORE, {"id": store.header.id, "path": str(store.path)})
+    files.write_json(path / STORE, {"id": store.header.id, "path": str(store.path.absolute())})
     with Log(path / report.METRICS, quiet) as log:
         log.event("start", _opening(made, path), **{"dropped": made.dropped, "kept": made.order.kept})
         _train(store, made, path, log)
@@ -78,21 +79,18 @@ def prepare(store: Store, config: TrainConfig) -> Made:
     if len(widths) < len(sources):
         raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
     wires = wiring.build(config.wiring.kind, widths, config.wiring.latents, config.wiring.exclusive)
-    config.method.build(wires, config.steps)  # refuses before the store is read
+    config.method.build(wires, config.steps)  # refuses before the store is read, as does the next line
+    device = dictionary.device_of(config.device)
     kept = kept_rows(store, sources)
     order = Order(kept.kept_N, _block_rows(store, widths), default_window_blocks(config.batch), config.seed)
     scaled = scale.fit(store, sources, order, config.scale.kind, config.scale.centre)
     made, terms = dictionary.create(wires, config.method, scaled, config.wiring.norm, config.steps)
     made.initialise(config.seed, config.wiring.decoder_norm or dictionary.default_decoder_norm(wires))
-    return Made(config, Trainer(made.to(_device(config.device)), list(terms), config), order, sources, kept.dropped)
+    return Made(config, Trainer(made.to(device), list(terms), config), order, sources, kept.dropped)
 
 
 def _block_rows(store: Store, widths: Mapping[str, int]) -> int:
     return default_block_rows(store.chunk_rows, 2 * min(widths.values()))
-
-
-def _device(asked: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
 
 
 def _new_folder(folder: str | Path | None, config: TrainConfig) -> Path:
@@ -100,6 +98,8 @@ def _new_folder(folder: str | Path | None, config: TrainConfig) -> Path:
     if folder is not None:
         if (Path(folder) / RESOLVED).exists():
             raise CheckpointError("this folder holds a run already", folder, "Give another folder (--out)")
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise CheckpointError("this is a file", folder, "Give a folder (--out)")
         return Path(folder)
     name = f"{config.wiring.kind}-{config.method.name}-{config.wiring.latents}"
     numbers = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10**6))
@@ -110,8 +110,8 @@ def _opening(made: Made, path: Path) -> str:
     dropped = ", ".join(f"{name} {count:,}" for name, count in made.dropped.items() if count)
     epochs = made.config.steps * made.config.batch / made.order.kept
     return (
-        f"training {made.config.wiring.kind} {made.config.method.name} in {path}: {made.order.kept:,} rows "
-        f"(dropped: {dropped or 'none'}), {made.config.steps:,} steps of {made.config.batch:,} rows, {epochs:.1f} epochs"
+        f"training {made.config.wiring.kind} {made.config.method.name} in {path}: {made.order.kept:,} rows (dropped: "
+        f"{dropped or 'none'}), {made.config.steps:,} steps of {made.config.batch:,} rows, {epochs:.1f} epochs"
     )
 
 
@@ -127,21 +127,26 @@ def _train(store: Store, made: Made, path: Path, log: Log) -> None:
     ):
         for rows in loader:
             record = trainer.update(rows.x)
-            if trainer.step % config.log.every == 0 or trainer.step == config.steps:
-                values = _finite({name: float(value) for name, value in record.items()}, trainer.step)
+            last = trainer.step == config.steps
+            logs, saves = (last or trainer.step % every == 0 for every in (config.log.every, config.log.checkpoint))
+            values = _finite(record, trainer.step) if logs or saves else {}
+            if logs:
                 speed = {"rows_s": loader.rows_served / (time.monotonic() - started), "waited_s": loader.waited_s}
                 log.event(
                     "step", step=trainer.step, epoch=made.order.epoch(trainer.step * config.batch), **values, **speed
                 )
                 console.show(values)
             console.tick()
-            if trainer.step % config.log.checkpoint == 0 or trainer.step == config.steps:
+            if saves:
                 checkpoint.save(trainer, path / "checkpoints", identity, config.log.keep)
 
 
-def _finite(values: dict[str, float], step: int) -> dict[str, float]:
-    if values["loss"] - values["loss"] != 0:
-        raise TrainingError("the loss is not finite", f"{values['loss']} at step {step}", "Lower optimiser.lr")
+def _finite(record: Mapping[str, torch.Tensor], step: int) -> dict[str, float]:
+    """The figures of a step as numbers. Weights behind a loss or gradient that is not finite are not worth keeping."""
+    values = {name: float(value) for name, value in record.items()}
+    for name in ("loss", "gradient"):
+        if not math.isfinite(values[name]):
+            raise TrainingError(f"the {name} is not finite", f"{values[name]} at step {step}", "Lower optimiser.lr")
     return values
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 
-CHUNK_BYTES = 2**26  # of a temporary K x D product
-
 
 @dataclass(frozen=True)
 class Entries:
@@ -131,15 +129,16 @@ class Decode(Function):
         grad_BD = grad_BD.contiguous()
         value = weight = None
         if ctx.needs_input_grad[0]:
-            value = dots(grad_BD, W_SD, entries.row_K, local_K) * present_K
+            value = dots(grad_BD, W_SD, entries, local_K) * present_K
         if ctx.needs_input_grad[1]:
             sums_LD = sums_by_latent(entries, grad_BD, value_K)
             weight = torch.cat([sums_LD[one] for one in ctx.slices]) if len(ctx.slices) > 1 else sums_LD[ctx.slices[0]]
         return value, weight, None, None, None, None
 
 
-def dots(a_BD: Tensor, b_SD: Tensor, row_K: Tensor, local_K: Tensor) -> Tensor:
-    """a[row] . b[local] per entry, a bounded piece of the K x D products at a time."""
-    size = max(1, CHUNK_BYTES // (a_BD.shape[1] * a_BD.element_size()))
-    pieces = zip(row_K.split(size), local_K.split(size), strict=True)
-    return torch.cat([(a_BD[row] * b_SD[local]).sum(1) for row, local in pieces]) if len(row_K) else a_BD.new_empty(0)
+def dots(a_BD: Tensor, b_SD: Tensor, entries: Entries, local_K: Tensor) -> Tensor:
+    """a[row] . b[local] per entry: the gradient of embedding_bag by its weights, which holds no K x D product."""
+    with torch.enable_grad():
+        weight_K = torch.zeros(len(local_K), dtype=b_SD.dtype, device=b_SD.device, requires_grad=True)
+        sums_BD = embedding_bag(local_K, b_SD.detach(), entries.row_starts_B, mode="sum", per_sample_weights=weight_K)
+        return torch.autograd.grad(sums_BD, weight_K, a_BD)[0]

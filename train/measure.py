@@ -27,7 +27,7 @@ BINS = 20  # of the histogram of R
 FORMULAS = {
     "fve": "1 - sum |x - y|^2 / sum |x - mean|^2 over the held-out rows, mean being theirs",
     "mse": "mean |x - y|^2 over the held-out rows, in the model's own units",
-    "cosine": "mean cosine of x - mean and y - mean over the held-out rows",
+    "cosine": "mean cosine of x and y over the held-out rows, both less the mean that the dictionary subtracts",
     "l0": "mean number of positive codes per held-out row",
     "dead": "share of latents that fire on none of the measured rows, held-out and training",
     "dense": f"share of latents that fire on more than {DENSE:.0%} of the held-out rows",
@@ -156,6 +156,10 @@ def measure(dictionary: Dictionary, store: Store, most: int = 131_072, quiet: bo
     At most `most` rows of either split are read, a keyed sample where there are more; the filter is that of training.
     Raises StoreError where no held-out row is left.
     """
+    for source, width in dictionary.wiring.widths.items():
+        if store.source(source).width != width:
+            found = f"{source} has {store.source(source).width}, the dictionary {width}"
+            raise StoreError("another width of rows than the dictionary's", found, "Give the store it was trained on")
     device = dictionary.activation.bias_L.device
     with evaluating(dictionary):
         measures = []

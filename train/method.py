@@ -2,7 +2,7 @@
 
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -70,12 +70,10 @@ def find(name: str) -> type[MethodConfig]:
     return found
 
 
-def parse(data: Any) -> MethodConfig:
-    """A method's table {name = ..., ...}. Raises ConfigError."""
-    if isinstance(data, MethodConfig):
-        return data
+def parse(data: Mapping[str, Any] | str) -> MethodConfig:
+    """A method's table {name = ..., ...}, or its name alone. Raises ConfigError."""
     if isinstance(data, str):
         data = {"name": data}
     if "name" not in data:
         raise ConfigError("missing key", "method.name", f"Choose one of {', '.join(names())}")
-    return config.parse(find(data["name"]), data, "method.")
+    return config.parse(find(str(data["name"])), data, "method.")

@@ -81,7 +81,8 @@ class AuxK(Term):
             error_BD = (out.target[source] - y_BD).detach()
             parts.append(_squared(error_BD - code.write(dictionary.decoder[source], dictionary.writes[source])))
         value = torch.stack(parts).sum()
-        return torch.where(torch.isfinite(value), value, torch.zeros_like(value))
+        # Not torch.where: behind it the gradient would be 0 x inf = NaN. This waits for the device, as `nonzero` did.
+        return value if torch.isfinite(value) else torch.zeros_like(value)
 
 
 def _squared(x_BD: Tensor) -> Tensor:

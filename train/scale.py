@@ -60,6 +60,8 @@ def fit(store: Store, sources: Sequence[str], order: Order, kind: Kind, centre: 
     with Reader(store, sources) as reader:
         for name in sources:
             moments = kept_moments(store, reader, name, order.kept_N)
+            if not moments.variance() > 0:
+                raise StoreError("all rows of this source are alike", name, "Leave it out, or harvest another site")
             mean_D = moments.mean_D if centre else np.zeros(widths[name])
             scale.mean(name).copy_(torch.from_numpy(mean_D))
             if kind == "none":
@@ -67,7 +69,7 @@ def fit(store: Store, sources: Sequence[str], order: Order, kind: Kind, centre: 
             spread = math.sqrt(moments.variance() / widths[name]) if centre else _rms(moments)
             size = spread if kind == "rms" else _median_norm(store, reader, name, order, mean_D) / target
             if not size > 0:
-                raise StoreError("all rows of this source are alike", name, "Leave it out, or harvest another site")
+                raise StoreError("most rows of this source are alike", name, "Leave it out, or set scale.kind to rms")
             scale.factor(name).fill_(1 / size)
     return scale
 
@@ -109,7 +111,7 @@ def _median_norm(store: Store, reader: Reader, source: str, order: Order, mean_D
     mean = torch.from_numpy(mean_D)
     rows = order.sample(MEDIAN_ROWS, seed=0)
     norms = [torch.linalg.vector_norm(x_ND - mean, dim=1) for x_ND in _read(store, reader, source, rows)]
-    return float(torch.cat(norms).median())
+    return float(np.median(torch.cat(norms).numpy()))
 
 
 def _read(store: Store, reader: Reader, source: str, rows: np.ndarray) -> Iterable[Tensor]:

@@ -31,9 +31,9 @@ def ramp(start: float, stop: float, steps: float) -> Schedule:
 def learning_rate(peak: float, steps: int, warmup: int, decay: int) -> Schedule:
     """Up over the first `warmup` steps (the first of which already learns), level, and down to 0 over the last `decay`.
 
-    The last step, number steps - 1, still has peak / decay.
+    The last step, number steps - 1, still has peak / decay. A longer warm-up than steps - decay shortens the decay.
     """
     points: list[tuple[float, float]] = [(-1, 0.0), (warmup - 1, peak)] if warmup > 0 else [(0, peak)]
-    if decay > 0:
+    if decay > 0 and points[-1][0] + 1 < steps:
         points += [(max(steps - decay, points[-1][0] + 1), peak), (steps, 0.0)]
     return Schedule(tuple(points))

@@ -38,6 +38,12 @@ class Wiring:
                 raise WiringError("a span needs at least one latent", f"{span.name} has {span.size}", "Add latents")
             if not span.readers or not span.writers:
                 raise WiringError("a span needs readers and writers", span.name, "Name sources for both")
+            strangers = sorted({*span.readers, *span.writers} - set(self.widths))
+            if strangers:
+                known = ", ".join(self.widths)
+                raise WiringError(f"span {span.name} names an unknown source", ", ".join(strangers), f"Known: {known}")
+        if len(self.slices) < len(self.spans):
+            raise WiringError("two spans have one name", ", ".join(s.name for s in self.spans), "Rename one")
 
     @property
     def latents(self) -> int:
@@ -106,6 +112,9 @@ def build(
 def _dedicated(
     names: tuple[str, ...], widths: Mapping[str, int], latents: int, exclusive: float | int | Mapping[str, float | int]
 ) -> Wiring:
+    if isinstance(exclusive, Mapping) and set(exclusive) != set(names):
+        given = ", ".join(exclusive) or "none"
+        raise WiringError("wiring.exclusive names every source and no other", given, f"Sources: {', '.join(names)}")
     sizes = {name: _size(exclusive, name, latents) for name in names}
     shared = latents - sum(sizes.values())
     if shared < 1:
@@ -116,8 +125,5 @@ def _dedicated(
 
 
 def _size(exclusive: float | int | Mapping[str, float | int], name: str, latents: int) -> int:
-    if isinstance(exclusive, Mapping):
-        if name not in exclusive:
-            raise WiringError("wiring.exclusive names every source or none", name, f"Add exclusive.{name}")
-        exclusive = exclusive[name]
-    return exclusive if isinstance(exclusive, int) else round(exclusive * latents)
+    size = exclusive[name] if isinstance(exclusive, Mapping) else exclusive
+    return size if isinstance(size, int) else round(size * latents)

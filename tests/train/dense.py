@@ -1,0 +1,103 @@
+"""A dictionary's formulas in fp64 and in full: dense matrices in which forbidden weights stand as zeros.
+
+Written from the formulas alone, with no call into the kernels, so that kernels and dictionary can be held against it.
+
+Letters: B rows of a batch, D width of a source, L latents.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.dictionary import Dictionary
+from train.wiring import Wiring
+
+
+def places(wiring: Wiring, source: str, side: str) -> Tensor:
+    """bool L: the latents in which a source takes part, as `readers` or as `writers`."""
+    return torch.cat([torch.full((span.size,), source in getattr(span, side)) for span in wiring.spans])
+
+
+def full(weights_SD: Tensor, places_L: Tensor) -> Tensor:
+    """[L, D] in fp64 from a source's own matrix, with a graph."""
+    full_LD = weights_SD.new_zeros(len(places_L), weights_SD.shape[1], dtype=torch.float64)
+    return full_LD.index_put((torch.nonzero(places_L).flatten(),), weights_SD.double())
+
+
+@dataclass
+class Dense:
+    """The parameters of a dictionary as leaves in fp64, of the shapes that the dictionary itself has."""
+
+    wiring: Wiring
+    encoder: dict[str, Tensor]
+    decoder: dict[str, Tensor]
+    bias: dict[str, Tensor]
+    bias_L: Tensor
+
+    @classmethod
+    def of(cls, dictionary: Dictionary) -> "Dense":
+        def leaf(value: Tensor) -> Tensor:
+            return value.detach().double().requires_grad_()
+
+        tables = [
+            {name: leaf(table[name]) for name in table}
+            for table in (dictionary.encoder, dictionary.decoder, dictionary.bias)
+        ]
+        return cls(dictionary.wiring, *tables, leaf(dictionary.activation.bias_L))
+
+    def leaves(self) -> dict[str, Tensor]:
+        """By the names that the dictionary's parameters have."""
+        tables = {"encoder": self.encoder, "decoder": self.decoder, "bias": self.bias}
+        named = {f"{table}.{source}": value for table, values in tables.items() for source, value in values.items()}
+        return {**named, "activation.bias_L": self.bias_L}
+
+    def h(self, x: Mapping[str, Tensor]) -> Tensor:
+        h_BL = self.bias_L
+        for name, weights in self.encoder.items():
+            full_LD = full(weights, places(self.wiring, name, "readers"))
+            h_BL = h_BL + torch.einsum("bd,ld->bl", x[name].double(), full_LD)
+        return h_BL
+
+    def norm(self, kind: str) -> Tensor:
+        """By the definition of each norm, latent by latent."""
+        length_WL = torch.stack(
+            [full(w, places(self.wiring, n, "writers")).norm(dim=1) for n, w in self.decoder.items()]
+        )
+        count_L = torch.stack([places(self.wiring, n, "writers") for n in self.decoder]).sum(0)
+        return {
+            "sum": length_WL.sum(0),
+            "joint": length_WL.square().sum(0).sqrt(),
+            "mean": length_WL.sum(0) / count_L,
+            "none": torch.ones(len(count_L), dtype=torch.float64),
+        }[kind]
+
+    def y(self, f_BL: Tensor, bias: bool = True) -> dict[str, Tensor]:
+        return {
+            name: torch.einsum("bl,ld->bd", f_BL, full(weights, places(self.wiring, name, "writers")))
+            + (self.bias[name] if bias else 0)
+            for name, weights in self.decoder.items()
+        }
+
+
+def top_mask(score_BL: Tensor, count: int) -> Tensor:
+    """bool B x L: the `count` largest of every row, by a full sort."""
+    order_BL = score_BL.argsort(dim=1, descending=True)
+    return torch.zeros_like(score_BL, dtype=torch.bool).scatter(1, order_BL[:, :count], True)
+
+
+def top_mask_of_batch(score_BL: Tensor, count: int) -> Tensor:
+    return top_mask(score_BL.reshape(1, -1), count).reshape(score_BL.shape)
+
+
+def kept(name: str, h_BL: Tensor, norm_L: Tensor, k: int) -> Tensor:
+    """The codes of a method while it trains: what is kept is chosen by relu(h) x norm."""
+    f_BL = h_BL.clamp_min(0)
+    score_BL = (f_BL * norm_L).detach()
+    masks = {
+        "standard": lambda: torch.ones_like(score_BL, dtype=torch.bool),
+        "topk": lambda: top_mask(score_BL, k),
+        "batch_topk": lambda: top_mask_of_batch(score_BL, min(k * len(score_BL), score_BL.numel())),
+    }
+    return f_BL * masks[name]()
