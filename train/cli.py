@@ -16,7 +16,7 @@ from train import method as method_files
 from train import report
 from train.config import TrainConfig
 from train.dictionary import Dictionary
-from train.fit import STORE, fit
+from train.fit import fit
 
 app = typer.Typer(
     help="Train dictionaries on a store: no model and no network are needed.",
@@ -134,6 +134,6 @@ def show(
 
 def _own_store(folder: Path) -> Path:
     for candidate in (folder, folder.parent):
-        if (candidate / STORE).exists():
-            return Path(files.read_json(candidate / STORE)["path"])
+        if (candidate / report.STORE).exists():
+            return Path(files.read_json(candidate / report.STORE)["path"])
     raise CheckpointError("this folder does not name its store", folder, "Give --store CACHE")

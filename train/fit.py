@@ -22,8 +22,6 @@ from train.order import Order, default_block_rows, default_window_blocks
 from train.reader import kept_rows
 from train.trainer import Trainer
 
-RESOLVED, STORE = "config.toml", "store.json"
-
 
 @dataclass(frozen=True)
 class Run:
@@ -47,8 +45,8 @@ def fit(
         torch.set_num_threads(asked.threads)
     path = _new_folder(folder, asked)
     made = prepare(store, asked)
-    files.write_atomic(path / RESOLVED, configs.to_toml(asked).encode())
-    files.write_json(path / STORE, {"id": store.header.id, "path": str(store.path.absolute())})
+    files.write_atomic(path / report.CONFIG, configs.to_toml(asked).encode())
+    files.write_json(path / report.STORE, _origin(store, made.sources))
     with Log(path / report.METRICS, quiet) as log:
         log.event("start", _opening(made, path), **{"dropped": made.dropped, "kept": made.order.kept})
         _train(store, made, path, log)
@@ -89,6 +87,15 @@ def prepare(store: Store, config: TrainConfig) -> Made:
     return Made(config, Trainer(made.to(device), list(terms), config), order, sources, kept.dropped)
 
 
+def _origin(store: Store, sources: list[str]) -> dict[str, Any]:
+    """What a run was trained on: the store's id and place, and per source its model and site."""
+    found = [store.source(name) for name in sources]
+    places = {
+        one.name: {"model": store.header.models[one.model].path, "site": one.site, "width": one.width} for one in found
+    }
+    return {"id": store.header.id, "path": str(store.path.absolute()), "rows": store.rows, "sources": places}
+
+
 def _block_rows(store: Store, widths: Mapping[str, int]) -> int:
     return default_block_rows(store.chunk_rows, 2 * min(widths.values()))
 
@@ -96,7 +103,7 @@ def _block_rows(store: Store, widths: Mapping[str, int]) -> int:
 def _new_folder(folder: str | Path | None, config: TrainConfig) -> Path:
     """Never one that holds a run already."""
     if folder is not None:
-        if (Path(folder) / RESOLVED).exists():
+        if (Path(folder) / report.CONFIG).exists():
             raise CheckpointError("this folder holds a run already", folder, "Give another folder (--out)")
         if Path(folder).exists() and not Path(folder).is_dir():
             raise CheckpointError("this is a file", folder, "Give a folder (--out)")

@@ -15,7 +15,7 @@ from train.measure import FORMULAS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METRICS, MEASURE, PAGE = "metrics.jsonl", "measure.json", "report.html"
+CONFIG, STORE, METRICS, MEASURE, PAGE = "config.toml", "store.json", "metrics.jsonl", "measure.json", "report.html"
 SIZE = (5.2, 3.1)  # of a picture, in inches
 
 STYLE = """
@@ -31,28 +31,37 @@ pre { background: #f5f5f5; padding: 1em; overflow-x: auto } .note { color: #666;
 def write(folder: Path) -> Path:
     """Write report.html into a run's folder from its metrics, figures and config. Raises CheckpointError."""
     try:
-        figures = files.read_json(folder / MEASURE)
-        config = (folder / "config.toml").read_text(encoding="utf-8")
+        figures, origin = files.read_json(folder / MEASURE), files.read_json(folder / STORE)
+        config = (folder / CONFIG).read_text(encoding="utf-8")
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise CheckpointError("no finished run here", folder, f"Give the folder of a run ({error})") from None
     events = [json.loads(line) for line in lines]
-    page = _page(folder.name, [e for e in events if e["event"] == "step"], figures, config)
+    steps = [event for event in events if event["event"] == "step"]
+    page = _page(folder.name, steps, figures, origin, config)
     files.write_atomic(folder / PAGE, page.encode())
     return folder / PAGE
 
 
-def _page(name: str, steps: Sequence[Mapping[str, Any]], figures: Mapping[str, Any], config: str) -> str:
+def _page(
+    name: str, steps: Sequence[Mapping[str, Any]], figures: Mapping[str, Any], origin: Mapping[str, Any], config: str
+) -> str:
     wiring = tomllib.loads(config)["wiring"]["kind"]
     pictures = [_loss(steps), _fve(steps), _density(figures), *([_r(figures)] if figures["r"] else [])]
     sections = [
         f"<h1>{html.escape(name)}: {html.escape(wiring)}, {figures['latents']:,} latents</h1>",
-        "<h2>Figures</h2>", *(_table(table) for table in tables(figures)), _legend(figures),
+        _origin(origin), "<h2>Figures</h2>", *(_table(table) for table in tables(figures)), _legend(figures),
         "<h2>Pictures</h2>", f'<div class="pictures">{"".join(pictures)}</div>',
         "<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>",
     ]  # fmt: skip
     head = f'<meta charset="utf-8"><title>{html.escape(name)}</title><style>{STYLE}</style>'
     return f"<!DOCTYPE html><html><head>{head}</head><body>{''.join(sections)}</body></html>\n"
+
+
+def _origin(origin: Mapping[str, Any]) -> str:
+    rows = [[name, one["model"], one["site"], str(one["width"])] for name, one in origin["sources"].items()]
+    store = f"Store {Path(origin['path']).name}, {origin['rows']:,} rows, id {origin['id'][:16]}"
+    return _table([["source", "model", "site", "width"], *rows]) + f'<p class="note">{html.escape(store)}</p>'
 
 
 def tables(figures: Mapping[str, Any]) -> list[list[list[str]]]:

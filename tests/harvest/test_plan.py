@@ -377,7 +377,7 @@ def test_sizes_of_a_usual_store() -> None:
     sources = [Source("a", "a", "resid.1", 576), Source("b", "b", "resid.1", 640)]
     assert plan.shard_sizes(40_000, sources, config()) == {"chunk_rows": 1024, "shard_rows": 40_960, "shards": 1}
     assert plan.shard_sizes(10_000_000, sources, config()) == {
-        "chunk_rows": 1024, "shard_rows": 769_024, "shards": 14,
+        "chunk_rows": 1024, "shard_rows": 833_536, "shards": 12,
     }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_the_loss_and_every_gradient_equal_the_formula_in_fp64(case: str, name: 
     parameters = dict(made.named_parameters())
     assert parameters.keys() == dense.leaves().keys()
     for value, wanted in zip(values, expected, strict=True):
-        assert float(value) == pytest.approx(float(wanted), rel=1e-5) and float(wanted) > 0
+        assert value.item() == pytest.approx(wanted.item(), rel=1e-5) and wanted.item() > 0
         found, right = gradients(value, parameters), gradients(wanted, dense.leaves())
         for key, grad in found.items():
             size = max(1.0, float(right[key].abs().max()))

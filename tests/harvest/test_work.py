@@ -1,0 +1,582 @@
+"""Two tiny models with different tokenizers, harvested into a store: what it holds is what they compute.
+
+Letters: T tokens of a segment, N rows, D width, G segments.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from harvest import work
+from harvest.config import HarvestConfig
+from harvest.forward import Batch
+from shared import files, models
+from shared.errors import ActivationError, ModelError, SiteError, SpaceError, StoreError, StoreMismatchError
+from shared.log import Log
+from shared.moments import CLASSES
+from shared.store import CLIPPED, FIRST, HELD_OUT, MASKED, SINK, SPECIAL, Store
+from tests.tiny import TEXTS, byte_level, save_model, sentencepiece
+
+Tree = dict[str, bytes]
+ROUNDING = 2.0**-11  # of fp16, relative
+PADDING = 2e-5  # another length of padding sums fp32 in another order; values are about 1
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pair")
+    save_model(root / "llama", "llama", byte_level(), seed=1)
+    save_model(root / "gemma", "gemma3", sentencepiece(), seed=2, width=24)
+    records = [{"text": text, "id": f"doc {number}"} for number, text in enumerate(TEXTS)]
+    (root / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return root
+
+
+def config(home: Path, path: Path, **tables: Any) -> HarvestConfig:
+    """Two sites of the one model and one of the other; four shards, segments across their borders."""
+    data: dict[str, Any] = {
+        "models": {
+            "llama": {"path": str(home / "llama"), "sites": {"early": "resid.0", "inner": "mlp_out.1"}},
+            "gemma": {"path": str(home / "gemma"), "sites": ["resid.1"]},
+        },
+        "corpus": {"path": str(home / "corpus.jsonl"), "id": "id"},
+        "rows": {"context": 24, "held_out": 0.3, "count": 300},
+        "batch": {"tokens": 100},
+        "store": {"path": str(path), "shard_bytes": 10_240, "chunk_bytes": 512},
+        "device": "cpu",
+        "threads": 2,
+    }
+    for name, table in tables.items():
+        data[name] = {**data[name], **table} if isinstance(table, dict) and name != "models" else table
+    return HarvestConfig.model_validate(data)
+
+
+def one(home: Path, path: Path, sites: list[str], **tables: Any) -> HarvestConfig:
+    """One model on its own; `models` may add to it."""
+    model = {"path": str(home / "llama"), "sites": sites, **tables.pop("model", {})}
+    return config(home, path, models={"llama": model}, **tables)
+
+
+def harvest(settings: HarvestConfig) -> Store:
+    log = Log(quiet=True)
+    return work.run(work.prepare(settings, log), log)
+
+
+@pytest.fixture(scope="module")
+def pair(home: Path) -> Store:
+    before = torch.get_num_threads()
+    store = harvest(config(home, home / "pair.zarr"))
+    torch.set_num_threads(before)
+    return store
+
+
+def tree(path: Path) -> Tree:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def stored(store: Store, source: str) -> np.ndarray:
+    """All rows in the model's own units, fp64."""
+    shards = [store.map(f"activations/{source}", shard) for shard in range(store.shards)]
+    return np.concatenate(shards).astype(np.float64) * store.factor(source)
+
+
+def load(store: Store, name: str) -> nn.Module:
+    model = store.header.models[name]
+    return models.load(models.resolve(model.path), model.dtype, model.attention, "cpu")
+
+
+def own_rows(store: Store, source: str) -> np.ndarray:
+    """The same rows as the model itself gives them, segment after segment, without the hooks."""
+    name, site = store.header.sources[source].model, store.header.sources[source].site
+    kind, block = site.split(".")
+    model = load(store, name)
+    inner: list[Tensor] = []
+    if kind == "mlp_out":
+        model.get_submodule(f"layers.{block}.mlp").register_forward_hook(lambda _m, _a, out: inner.append(out))
+    ids, segment = store.column(f"tokens/{name}/id"), store.column(f"tokens/{name}/segment")
+    position, row = store.column(f"rows/{name}/position"), store.column("segments/row")
+    found = []
+    for g in range(len(segment) - 1):
+        ids_T = torch.from_numpy(ids[segment[g] : segment[g + 1]].astype(np.int64))
+        inner.clear()
+        with torch.inference_mode():
+            states = model(input_ids=ids_T[None], output_hidden_states=True).hidden_states
+        x_TD = (inner[0] if inner else states[int(block) + 1])[0]
+        found.append(x_TD[position[row[g] : row[g + 1]].tolist()].double().numpy())
+    return np.concatenate(found)
+
+
+# --- what is stored -------------------------------------------------------------------------------------------------
+
+
+def test_the_store_has_what_was_asked_for(pair: Store) -> None:
+    assert pair.sealed
+    assert Store.open(pair.path).header == pair.header
+    assert (pair.rows, pair.shards) == (300, 4)
+    assert {name: (s.model, s.site, s.width) for name, s in pair.header.sources.items()} == {
+        "early": ("llama", "resid.0", 32), "inner": ("llama", "mlp_out.1", 32), "gemma": ("gemma", "resid.1", 24),
+    }  # fmt: skip
+    assert pair.header.plan["alignment"] == "offsets"
+    row = pair.column("segments/row")
+    assert not set(range(pair.shard_rows, 300, pair.shard_rows)) <= set(row.tolist())  # borders inside segments
+
+
+@pytest.mark.parametrize("source", ["early", "inner", "gemma"])
+def test_un_scaled_rows_are_the_models_own_activations_to_fp16_rounding(pair: Store, source: str) -> None:
+    own_ND = own_rows(pair, source)
+    allowed_ND = np.abs(own_ND) * ROUNDING + pair.factor(source) * 2.0**-25 + PADDING
+    assert (np.abs(stored(pair, source) - own_ND) <= allowed_ND).all()
+    norms_N = np.concatenate([pair.map(f"norms/{source}", shard) for shard in range(pair.shards)])
+    np.testing.assert_allclose(norms_N, np.linalg.norm(own_ND, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["early", "inner", "gemma"])
+def test_moments_are_those_of_the_models_own_rows_per_class(pair: Store, source: str) -> None:
+    own_ND, class_N = own_rows(pair, source), classes(pair, source)
+    assert len(set(class_N)) >= 3
+    for name in CLASSES:
+        x_ND = own_ND[np.array(class_N) == name]
+        moments = pair.moments(source, [name])
+        assert moments.count == len(x_ND) == moments.norms_H.sum()
+        if len(x_ND):
+            np.testing.assert_allclose(moments.mean_D, x_ND.mean(0), atol=PADDING)
+            np.testing.assert_allclose(moments.m2_D, ((x_ND - x_ND.mean(0)) ** 2).sum(0), rtol=1e-4, atol=1e-4)
+            assert moments.largest == pytest.approx(np.abs(x_ND).max(), rel=1e-4)
+    assert pair.moments(source, CLASSES).count == pair.rows
+
+
+def classes(store: Store, source: str) -> list[str]:
+    """The class of every row, as STORE.md words it."""
+    flags_N = np.bitwise_or.reduce([store.column(f"rows/{model}/flags") for model in store.header.models])
+    sink_N = store.column(f"faults/{source}") & SINK
+    split_n = store.column("documents/split")
+    held_N = split_n[store.column("rows/document")] == HELD_OUT
+    return [
+        ("special" if flag & SPECIAL else "first" if flag & FIRST else "sink" if sink else "ordinary")
+        + ("/held_out" if held else "/train")
+        for flag, sink, held in zip(flags_N, sink_N, held_N, strict=True)
+    ]
+
+
+def test_decoding_both_token_prefixes_of_every_row_ends_at_the_same_character(home: Path, pair: Store) -> None:
+    assert pair.header.plan["skipped"]["tokens_out_of_reach"] == 0
+    tokenizers = {name: models.load_tokenizer(models.resolve(m.path)) for name, m in pair.header.models.items()}
+    texts = {f"doc {number}": text for number, text in enumerate(TEXTS)}
+    ids, checked = pair.document_ids(), 0
+    for document, (start, stop) in enumerate(np.stack([pair.column("documents/row")[:-1],
+                                                       pair.column("documents/row")[1:]], 1).tolist()):  # fmt: skip
+        for row in range(start, stop):
+            read = {name: prefix(pair, name, tokenizers[name], document, row) for name in tokenizers}
+            assert read["llama"] == read["gemma"]
+            assert texts[ids[document]].startswith(read["llama"])
+            checked += 1
+    assert checked == pair.rows
+
+
+def prefix(store: Store, name: str, tokenizer: models.Tokenizer, document: int, row: int) -> str:
+    """All that a model's tokens say of a document up to a row, special tokens left out."""
+    ids, segment = store.column(f"tokens/{name}/id"), store.column(f"tokens/{name}/segment")
+    first = segment[np.searchsorted(store.column("segments/document"), document)]
+    read = ids[first : store.column(f"rows/{name}/token")[row] + 1]
+    return str(tokenizer.decode(read[read != 1] if name == "gemma" else read, clean_up_tokenization_spaces=False))
+
+
+def test_receipts_hold_what_decides_the_bytes(pair: Store) -> None:
+    for shard in range(pair.shards):
+        for model in ("llama", "gemma"):
+            receipt = json.loads((pair.path / "receipts" / f"{shard:05d}.{model}.json").read_text())
+            assert (receipt["id"], receipt["shard"], receipt["model"]) == (pair.header.id, shard, model)
+            assert (receipt["device"], receipt["threads"]) == ("cpu", 2)
+            assert receipt["versions"] == {
+                "torch": torch.__version__, "transformers": models.version(), "numpy": np.__version__,
+            }  # fmt: skip
+    assert len(list((pair.path / "receipts").iterdir())) == 1 + 2 * pair.shards
+
+
+def test_identical_models_share_every_token_the_special_ones_too(home: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "base", "llama", sentencepiece(), seed=3)
+    save_model(tmp_path / "chat", "llama", sentencepiece(), seed=4)
+    asked = {name: {"path": str(tmp_path / name), "sites": ["resid.1"]} for name in ("base", "chat")}
+    store = harvest(config(home, tmp_path / "x.zarr", models=asked, rows={"count": 100}))
+    assert store.header.plan["alignment"] == "identical"
+    assert np.array_equal(store.column("rows/base/token"), np.arange(100))
+    for name in ("base", "chat"):
+        own_ND = own_rows(store, name)
+        assert (np.abs(stored(store, name) - own_ND) <= np.abs(own_ND) * ROUNDING + PADDING).all()
+    assert not np.allclose(stored(store, "base"), stored(store, "chat"))
+
+
+def test_a_segment_that_runs_alone_is_stored_bit_for_bit(home: Path, tmp_path: Path) -> None:
+    store = harvest(one(home, tmp_path / "x.zarr", ["resid.1"], batch={"tokens": 1}, rows={"count": 60}, threads=None))
+    own_ND = own_rows(store, "llama")
+    expected_ND = (own_ND / store.factor("llama")).astype(np.float16).astype(np.float64) * store.factor("llama")
+    assert np.array_equal(stored(store, "llama"), expected_ND)
+
+
+def test_a_bf16_model_loses_nothing_in_fp16(home: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "bf16", "llama", byte_level(), seed=5, dtype=torch.bfloat16)
+    asked = {"llama": {"path": str(tmp_path / "bf16"), "sites": ["resid.1"]}}
+    store = harvest(
+        config(home, tmp_path / "x.zarr", models=asked, batch={"tokens": 1}, rows={"count": 40}, threads=None)
+    )
+    assert store.header.models["llama"].dtype == "bfloat16"
+    own_ND = own_rows(store, "llama")
+    spanned_ND = np.abs(own_ND) >= store.factor("llama") * 2.0**-14
+    assert spanned_ND.mean() > 0.99
+    assert np.array_equal(stored(store, "llama")[spanned_ND], own_ND[spanned_ND])
+
+
+def test_activations_beyond_fp16_are_scaled_by_a_power_of_two(home: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(home / "llama", tmp_path / "loud")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 1e6
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    asked = {"llama": {"path": str(folder), "sites": ["resid.0"]}}
+    store = harvest(config(home, tmp_path / "x.zarr", models=asked, rows={"count": 80}))
+    own_ND = own_rows(store, "llama")
+    assert np.abs(own_ND).max() > 4e5
+    factor = store.factor("llama")
+    assert np.log2(factor).is_integer()
+    assert factor >= 16
+    assert store.fault_counts("llama") == {"clipped": 0, "masked": 0, "sink": 0}
+    assert (np.abs(stored(store, "llama") - own_ND) <= np.abs(own_ND) * ROUNDING + factor * 2.0**-25 + 1).all()
+
+
+# --- the same bytes -------------------------------------------------------------------------------------------------
+
+
+def test_the_same_harvest_twice_gives_the_same_bytes(home: Path, pair: Store, tmp_path: Path) -> None:
+    assert tree(harvest(config(home, tmp_path / "again.zarr")).path) == tree(pair.path)
+
+
+def test_the_id_and_the_values_do_not_depend_on_where_models_and_text_lie(
+    home: Path, pair: Store, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(home, tmp_path / "moved", ignore=shutil.ignore_patterns("*.zarr"))
+    again = harvest(config(moved, tmp_path / "again.zarr"))
+    assert again.header.id == pair.header.id
+    differing = {name for name, data in tree(again.path).items() if tree(pair.path)[name] != data}
+    assert differing == {"zarr.json", "sealed"}  # the one says where models were found, the other its checksum
+
+
+def test_another_seed_stores_other_rows(home: Path, pair: Store, tmp_path: Path) -> None:
+    other = harvest(config(home, tmp_path / "x.zarr", rows={"seed": 1}))
+    assert other.header.id != pair.header.id
+    assert other.document_ids() != pair.document_ids()
+
+
+class Killed(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("unit", [0, 3, 4, 7])
+def test_a_run_that_died_in_a_unit_goes_on_to_the_same_bytes(
+    home: Path, pair: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: int
+) -> None:
+    genuine, calls = Store.put, iter(range(99))
+
+    def put(self: Store, shard: int, model: str, *rest: Any) -> Any:
+        if next(calls) == unit:
+            torn = self.path / "norms" / "early" / "c" / "1.abc.partial"
+            torn.parent.mkdir(exist_ok=True)
+            torn.write_bytes(b"torn")
+            raise Killed
+        return genuine(self, shard, model, *rest)
+
+    asked = config(home, tmp_path / "x.zarr")
+    monkeypatch.setattr(Store, "put", put)
+    with pytest.raises(Killed):
+        harvest(asked)
+    monkeypatch.undo()
+    half = Store(Path(asked.store.path), pair.header)
+    assert not half.sealed
+    assert len(half.missing()) == 8 - unit
+    before = tree(half.path)
+    assert tree(harvest(asked).path) == tree(pair.path)
+    kept = [name for name in before if not name.endswith(".partial")]
+    assert all(before[name] == tree(pair.path)[name] for name in kept)
+
+
+@pytest.mark.parametrize("step", ["freeze", "seal", "calibrate"])
+def test_a_run_that_died_between_its_steps_goes_on_to_the_same_bytes(
+    home: Path, pair: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(work if step == "calibrate" else Store, step, die)
+    with pytest.raises(Killed):
+        harvest(config(home, tmp_path / "x.zarr"))
+    monkeypatch.undo()
+    assert tree(harvest(config(home, tmp_path / "x.zarr")).path) == tree(pair.path)
+
+
+def test_a_unit_that_is_made_again_on_its_own_has_the_same_bytes(home: Path, pair: Store, tmp_path: Path) -> None:
+    path = shutil.copytree(pair.path, tmp_path / "x.zarr")
+    (path / "sealed").unlink()
+    for name in ("receipts/00002.gemma.json", "activations/gemma/c/2/0", "receipts/00003.llama.json"):
+        (path / name).unlink()
+    assert tree(harvest(config(home, path)).path) == tree(pair.path)
+
+
+def test_a_finished_store_is_returned_at_once(
+    home: Path, pair: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(work.plan, "build", None)
+    before = tree(pair.path)
+    assert harvest(config(home, pair.path)).header == pair.header
+    assert tree(pair.path) == before
+
+
+# --- values that must not be stored ---------------------------------------------------------------------------------
+
+
+def inject(monkeypatch: pytest.MonkeyPatch, source: str, row: int, value: float, when: Callable[[], bool]) -> None:
+    """Let the model's own value at one row of one source be another."""
+    genuine = work.rows
+
+    def rows(run: Any, batch: Batch, names: Any, device: str) -> dict[str, Tensor]:
+        found = genuine(run, batch, names, device)
+        if source in found and when():
+            found[source] = found[source].clone()
+            found[source][torch.from_numpy(batch.row_N == row), 3] = value
+        return found
+
+    monkeypatch.setattr(work, "rows", rows)
+
+
+def always() -> bool:
+    return True
+
+
+@pytest.fixture
+def after_calibration(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """Whether the scale is frozen by now."""
+    frozen, genuine = [], Store.freeze
+
+    def freeze(self: Store, scale: Any) -> Store:
+        frozen.append(scale)
+        return genuine(self, scale)
+
+    monkeypatch.setattr(Store, "freeze", freeze)
+    return lambda: bool(frozen)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_fails_its_unit_and_names_document_token_and_site(
+    home: Path, pair: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float,
+    after_calibration: Callable[[], bool],
+) -> None:  # fmt: skip
+    row = 2 * pair.shard_rows + 2
+    inject(monkeypatch, "inner", row, value, after_calibration)
+    with pytest.raises(ActivationError) as caught:
+        harvest(config(home, tmp_path / "x.zarr"))
+    message = str(caught.value)
+    token = pair.column("tokens/llama/id")[pair.column("rows/llama/token")[row]]
+    text = models.load_tokenizer(models.resolve(str(home / "llama"))).decode([int(token)])
+    document = pair.document_ids()[pair.column("rows/document")[row]]
+    assert message.startswith(f"inner (mlp_out.1) is not finite: document {document!r}, token {text!r}, row {row}. ")
+    assert 'set store.nonfinite to "mask"' in message
+    assert "\n" not in message
+    store = Store(tmp_path / "x.zarr", pair.header)
+    assert not store.sealed
+    assert not store.has(2, "llama")
+    monkeypatch.undo()
+    assert tree(harvest(config(home, tmp_path / "x.zarr")).path) == tree(pair.path)
+
+
+def test_masking_stores_zeros_flags_the_row_and_leaves_it_out_of_the_moments(
+    home: Path, pair: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject(monkeypatch, "inner", 77, float("nan"), always)
+    store = harvest(config(home, tmp_path / "x.zarr", store={"nonfinite": "mask"}))
+    assert store.header.id != pair.header.id
+    assert {name: store.fault_counts(name)["masked"] for name in store.header.sources} == {
+        "early": 0, "inner": 1, "gemma": 0,
+    }  # fmt: skip
+    assert store.column("faults/inner")[77] == MASKED
+    clean_ND, masked_ND = stored(pair, "inner"), stored(store, "inner")
+    assert not masked_ND[77].any()
+    assert clean_ND[77].any()
+    assert np.array_equal(np.delete(masked_ND, 77, 0), np.delete(clean_ND, 77, 0))
+    assert np.array_equal(stored(store, "early"), stored(pair, "early"))
+    assert store.moments("inner", CLASSES).count == 299
+    kind = classes(pair, "inner")[77]
+    assert store.moments("inner", [kind]).count == pair.moments("inner", [kind]).count - 1
+
+
+def test_a_model_that_overflows_on_a_token_is_masked_where_it_does(home: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(home / "llama", tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    bad = int(models.load_tokenizer(models.resolve(str(folder)))("1").input_ids[0])
+    weights["model.embed_tokens.weight"][bad] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    asked = {"llama": {"path": str(folder), "sites": ["resid.0"]}}
+    with pytest.raises(ActivationError, match=r"llama \(resid.0\) is not finite: document"):
+        harvest(config(home, tmp_path / "x.zarr", models=asked))
+    store = harvest(config(home, tmp_path / "y.zarr", models=asked, store={"nonfinite": "mask"}))
+    masked_N = store.column("faults/llama") & MASKED > 0
+    assert 0 < masked_N.sum() < store.rows
+    ids, segment = store.column("tokens/llama/id"), store.column("tokens/llama/segment")
+    row = store.column("segments/row")
+    for g in range(len(row) - 1):
+        assert bad in ids[segment[g] : segment[g + 1]] or not masked_N[row[g] : row[g + 1]].any()
+    assert masked_N[ids[store.column("rows/llama/token")] == bad].all()
+
+
+def test_what_passes_the_headroom_is_clipped_flagged_and_counted(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_calibration: Callable[[], bool]
+) -> None:
+    inject(monkeypatch, "early", 123, -7e5, after_calibration)
+    said = tmp_path / "log.jsonl"
+    with Log(said, quiet=True) as log:
+        store = work.run(work.prepare(config(home, tmp_path / "x.zarr"), log), log)
+    assert store.factor("early") == 1.0
+    assert store.fault_counts("early") == {"clipped": 1, "masked": 0, "sink": 1}
+    assert store.column("faults/early")[123] == CLIPPED | SINK
+    assert stored(store, "early")[123, 3] == -65_504
+    norms_N = np.concatenate([store.map("norms/early", shard) for shard in range(store.shards)])
+    assert norms_N[123] == pytest.approx(7e5)
+    assert store.moments("early", CLASSES).largest == pytest.approx(7e5)
+    messages = [json.loads(line).get("message", "") for line in said.read_text().splitlines()]
+    assert any(f"shard {123 // store.shard_rows}: clipped or masked rows:" in message for message in messages)
+
+
+# --- refusals before anything is spent ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load", load)
+
+
+@pytest.mark.parametrize(
+    ("tables", "fields"),
+    [
+        ({"rows": {"seed": 3}}, "rows.seed: 0 -> 3"),
+        ({"rows": {"context": 20, "count": 200}}, "rows.context: 24 -> 20; rows.count: 300 -> 200"),
+        ({"store": {"nonfinite": "mask"}}, "store.nonfinite: 'fail' -> 'mask'"),
+        ({"batch": {"tokens": 99}}, "batch.tokens: 100 -> 99"),
+        ({"corpus": {"id": None}}, "corpus: "),
+    ],
+)
+def test_another_configuration_at_the_same_path_is_refused_with_the_fields_that_differ(
+    home: Path, pair: Store, no_forward: None, tables: dict[str, Any], fields: str
+) -> None:
+    before = tree(pair.path)
+    with pytest.raises(StoreMismatchError) as caught:
+        harvest(config(home, pair.path, **tables))
+    for field in fields.split("; "):
+        assert field in str(caught.value)
+    assert str(caught.value).count(" -> ") == fields.count(";") + 2  # and one in the message itself
+    assert "\n" not in str(caught.value)
+    assert tree(pair.path) == before
+
+
+def test_other_weights_at_the_same_path_are_refused(home: Path, pair: Store, tmp_path: Path, no_forward: None) -> None:
+    moved = shutil.copytree(home, tmp_path / "moved", ignore=shutil.ignore_patterns("*.zarr"))
+    save_model(moved / "gemma", "gemma3", sentencepiece(), seed=9, width=24)
+    with pytest.raises(StoreMismatchError, match="models.gemma.weights: "):
+        harvest(config(moved, pair.path))
+
+
+def test_too_little_space_is_refused_before_any_forward_pass(
+    home: Path, tmp_path: Path, no_forward: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda path: 10)
+    with pytest.raises(SpaceError, match="x.zarr needs .* GB, 0.00 GB are free"):
+        harvest(config(home, tmp_path / "x.zarr"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_for_the_rest_is_refused_before_any_forward_pass(
+    home: Path, pair: Store, tmp_path: Path, no_forward: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shutil.copytree(pair.path, tmp_path / "x.zarr")
+    for name in ("sealed", *(f"receipts/{shard:05d}.llama.json" for shard in range(pair.shards))):
+        (path / name).unlink()
+    before, asked = tree(path), []
+    monkeypatch.setattr(files, "require_space", lambda where, needed: asked.append((where, needed)))
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        harvest(config(home, path))
+    monkeypatch.undo()
+    written = sum(len(data) for name, data in before.items() if name.startswith(("act", "norms", "faults", "mom")))
+    assert asked == [(path, pytest.approx(written / 2, rel=0.05))]
+    monkeypatch.setattr(files, "free_bytes", lambda path: 10)
+    with pytest.raises(SpaceError):
+        harvest(config(home, path))
+    assert tree(path) == before
+
+
+def test_the_space_that_is_asked_for_is_what_the_store_takes(
+    home: Path, pair: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = work.prepare(config(home, pair.path), Log(quiet=True))
+    made = job.make_plan(Log(quiet=True))
+    asked = sum(work.plan.stored_bytes(made.summary, made.tables, list(job.sources.values())).values())
+    data = sum(len(content) for name, content in tree(pair.path).items() if "/c/" in name)
+    assert asked == pytest.approx(data, rel=0.05)
+
+
+@pytest.mark.parametrize("what", ["a file", "a folder", "another group"])
+def test_a_path_that_is_in_use_is_refused_and_left_alone(
+    home: Path, tmp_path: Path, no_forward: None, what: str
+) -> None:
+    path = tmp_path / "x.zarr"
+    if what == "a file":
+        path.write_text("mine")
+    else:
+        path.mkdir()
+        (path / ("zarr.json" if what == "another group" else "mine")).write_text('{"attributes": {}}')
+    before = tree(tmp_path)
+    with pytest.raises(StoreError, match=r"no Granary store here|in use and is no store"):
+        harvest(config(home, path))
+    assert tree(tmp_path) == before
+
+
+def test_a_context_longer_than_the_models_is_refused(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"rows.context is longer than the model's: 65 > 64 of .*llama. Set rows.cont"):
+        work.prepare(config(home, tmp_path / "x.zarr", rows={"context": 65}), Log(quiet=True))
+    work.prepare(config(home, tmp_path / "x.zarr", rows={"context": 64}), Log(quiet=True))
+
+
+def test_a_site_that_the_model_has_not_is_refused_with_the_nearest(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(SiteError, match="the model has no site: resid.7. Its 3 blocks are resid.0 to resid.2"):
+        work.prepare(one(home, tmp_path / "x.zarr", ["resid.7"]), Log(quiet=True))
+
+
+def test_pairs_need_fast_tokenizers_and_a_model_on_its_own_does_not(home: Path, tmp_path: Path) -> None:
+    slow = save_model(tmp_path / "slow", "llama", byte_level(), seed=6)
+    (slow / "tokenizer.json").unlink()
+    (slow / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    asked = {"slow": {"path": str(slow), "sites": ["resid.1"]}}
+    with_fast = {**asked, "llama": {"path": str(home / "llama"), "sites": ["resid.1"]}}
+    with pytest.raises(ModelError, match='"offsets" needs fast tokenizers, and this model has a slow one: slow. Save'):
+        work.prepare(config(home, tmp_path / "x.zarr", models=with_fast), Log(quiet=True))
+    store = harvest(config(home, tmp_path / "y.zarr", models=asked, rows={"count": 40}))
+    assert store.header.plan["alignment"] == "identical"
+    assert set(store.column("tokens/slow/end").tolist()) == {-1}
+
+
+def test_threads_and_device_are_no_part_of_the_id(home: Path, pair: Store) -> None:
+    for changed in (config(home, pair.path, threads=1), config(home, pair.path, device="auto")):
+        assert harvest(changed).header.id == pair.header.id

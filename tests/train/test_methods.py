@@ -1,0 +1,224 @@
+"""Methods are found by their file names, and each keeps what its formula says.
+
+Letters: B rows of a batch, L latents.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train.methods
+from shared.errors import ConfigError, WiringError
+from tests import cases
+from train import method as methods
+from train.code import Pre
+from train.dictionary import Dictionary
+from train.method import TopKConfig
+from train.trainer import Trainer
+from train.wiring import build
+
+WIRING = build("crosscoder", {"a": 20, "b": 16}, 48)
+
+
+def trained(name: str, **keys: Any) -> Trainer:
+    return cases.trainer("crosscoder", name, method=cases.method(name, **keys))
+
+
+def pre_of(rows: list[list[float]], dictionary: Dictionary) -> Pre:
+    """Pre-activations as given, whatever the rows: latents that are not named are -1."""
+    h_BL = torch.full((len(rows), dictionary.latents), -1.0)
+    h_BL[:, : len(rows[0])] = torch.tensor(rows)
+    pre = dictionary.pre({name: torch.zeros(len(rows), width) for name, width in dictionary.wiring.widths.items()})
+    pre.h_BL = h_BL  # type: ignore[misc]
+    return pre
+
+
+def test_the_three_methods_are_there() -> None:
+    assert {"standard", "topk", "batch_topk"} <= set(methods.names())
+
+
+@pytest.mark.parametrize("name", cases.names())
+def test_a_method_is_parsed_from_its_name_and_from_its_table(name: str) -> None:
+    config = methods.parse(name)
+    assert config.name == name
+    assert methods.parse({"name": name}) == config
+    assert methods.parse(config.model_dump(mode="json")) == config
+    assert methods.find(name).__module__ == f"train.methods.{name}"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("batchtopk", "unknown method: batchtopk. Did you mean batch_topk"),
+        ({"name": "relu-ish"}, "unknown method: relu-ish. Known: "),
+        ({"name": 5}, "unknown method: 5"),
+        ({"k": 3}, "missing key: method.name. Choose one of batch_topk"),
+        ({"name": "topk", "k_anealed": 1}, "unknown key: method.k_anealed. Did you mean method.k_anneal"),
+        ({"name": "topk", "k": 0}, "wrong value for method.k: 0"),
+        ({"name": "batch_topk", "threshold_decay": 1.0}, "wrong value for method.threshold_decay"),
+        ({"name": "standard", "k": 3}, "unknown key: method.k"),
+    ],
+)
+def test_a_wrong_method_is_refused_with_the_way_out(asked: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        methods.parse(asked)
+
+
+@pytest.mark.parametrize("name", [n for n in cases.names() if issubclass(methods.find(n), TopKConfig)])
+def test_a_k_larger_than_the_latents_is_refused_at_any_step(name: str) -> None:
+    assert methods.parse({"name": name, "k": 48}).build(WIRING, 10)
+    for keys in ({"k": 49}, {"k": 3, "k_start": 49, "k_anneal": 5}):
+        with pytest.raises(WiringError, match="k is larger than the latents: 49 > 48"):
+            methods.parse({"name": name, **keys}).build(WIRING, 10)
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+def test_k_goes_from_its_start_to_its_end_and_without_steps_is_at_its_end_at_once(name: str) -> None:
+    def ks(**keys: int) -> list[int]:
+        activation = methods.parse({"name": name, **keys}).build(WIRING, 10).activation
+        assert int(activation.get_buffer("k")) == ks_at(activation, 0)
+        return [ks_at(activation, step) for step in range(6)]
+
+    def ks_at(activation: Any, step: int) -> int:
+        activation.schedule(step)
+        return int(activation.k)
+
+    assert ks(k=2, k_start=10, k_anneal=4) == [10, 8, 6, 4, 2, 2]
+    assert ks(k=10, k_start=2, k_anneal=4) == [2, 4, 6, 8, 10, 10]
+    assert ks(k=2, k_start=10) == [2] * 6
+    assert ks(k=2, k_anneal=4) == [2] * 6
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+def test_auxk_defaults_to_half_the_mean_width_of_the_sources(name: str) -> None:
+    def k_aux(**keys: int) -> int:
+        term: Any = methods.parse({"name": name, **keys}).build(WIRING, 10).terms[1]
+        assert term.name == "aux" and term.weight(5) == 1 / 32
+        return int(term.k_aux)
+
+    assert (k_aux(), k_aux(k_aux=7)) == (9, 7)
+
+
+def test_the_penalty_of_standard_warms_up() -> None:
+    terms = methods.parse({"name": "standard", "l1": 2.0, "l1_warmup": 4}).build(WIRING, 10).terms
+    assert [terms[1].weight(step) for step in range(6)] == [0, 0.5, 1, 1.5, 2, 2]
+    assert methods.parse({"name": "standard", "l1": 2.0}).build(WIRING, 10).terms[1].weight(0) == 2
+
+
+def test_topk_ranks_by_code_times_norm_and_keeps_the_code() -> None:
+    dictionary = trained("topk", k=2).dictionary
+    norm_L = torch.ones(48)
+    norm_L[0] = 10.0
+    code = dictionary.activation(pre_of([[1.0, 5.0, 4.0, 0.5]], dictionary), norm_L)
+    assert code.dense()[0, :5].tolist() == [1.0, 5.0, 0.0, 0.0, 0.0]
+
+
+def test_topk_keeps_fewer_than_k_where_fewer_are_positive() -> None:
+    dictionary = trained("topk", k=3).dictionary
+    code = dictionary.activation(pre_of([[2.0, -1.0], [-1.0, -2.0]], dictionary), torch.ones(48))
+    assert code.dense()[:, :2].tolist() == [[2.0, 0.0], [0.0, 0.0]]
+    assert code.fires_L().tolist()[:3] == [1, 0, 0]
+
+
+def test_batch_topk_shares_its_budget_between_the_rows_while_training() -> None:
+    dictionary = trained("batch_topk", k=1).dictionary
+    code = dictionary.activation(pre_of([[4.0, 3.0, 2.0], [1.0, 0.5, 0.0]], dictionary), torch.ones(48))
+    assert code.dense()[:, :3].tolist() == [[4.0, 3.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_batch_topk_evaluates_every_row_by_the_threshold_and_alone() -> None:
+    dictionary = trained("batch_topk", k=1).dictionary
+    norm_L = torch.ones(48)
+    rows = [[4.0, 3.0, 2.0], [1.0, 0.5, 0.0]]
+    code = dictionary.activation(pre_of(rows, dictionary), norm_L)
+    with torch.no_grad():
+        dictionary.activation.observe(code, norm_L)
+    dictionary.eval()
+    both = dictionary.activation(pre_of([[3.5, 3.0, 2.0], [9.0, 8.0, 7.0]], dictionary), norm_L).dense()
+    assert both[:, :3].tolist() == [[3.5, 0.0, 0.0], [9.0, 8.0, 7.0]]  # above 3, the smallest that was kept
+    alone = dictionary.activation(pre_of([[3.5, 3.0, 2.0]], dictionary), norm_L).dense()
+    assert torch.equal(alone[0], both[0])
+    norm_L[2] = 2.0
+    assert dictionary.activation(pre_of([[3.5, 3.0, 2.0]], dictionary), norm_L).dense()[0, 2] == 2.0  # 2 x 2 > 3
+
+
+def test_the_threshold_is_the_mean_of_the_smallest_kept_scores_with_weights_that_fade() -> None:
+    activation: Any = trained("batch_topk", k=1, threshold_decay=0.5).dictionary.activation
+    dictionary = trained("batch_topk").dictionary
+    norm_L = torch.full((48,), 2.0)
+    assert float(activation.threshold) == 0
+    for smallest, expected in ((3.0, 6.0), (1.0, (0.5 * 6 + 2) / 1.5), (-1.0, (0.5 * 6 + 2) / 1.5)):
+        code = activation(pre_of([[smallest, -1.0]], dictionary), norm_L)
+        with torch.no_grad():
+            activation.observe(code, norm_L)
+        assert float(activation.threshold) == pytest.approx(expected)  # the third batch has no positive code
+
+
+def test_batch_topk_without_a_training_step_passes_every_positive_pre_activation() -> None:
+    dictionary = trained("batch_topk", k=1).dictionary.eval()
+    code = dictionary.activation(pre_of([[4.0, 0.1, -1.0]], dictionary), torch.ones(48))
+    assert code.dense()[0, :3].tolist() == pytest.approx([4.0, 0.1, 0.0])
+
+
+def test_a_budget_of_all_entries_is_plain_relu() -> None:
+    for name in ("topk", "batch_topk"):
+        dictionary = trained(name, k=48).dictionary
+        x = cases.random_rows("crosscoder", 5)
+        pre = dictionary.pre(x)
+        assert torch.equal(dictionary.encode(x), pre.h_BL.clamp_min(0))
+
+
+METHOD = '''
+"""Twice what ReLU gives, for a test."""
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import relu
+
+from train.code import Activation, Code, DenseCode, Pre
+from train.method import Method, MethodConfig
+from train.objective import Reconstruction
+from train.schedule import constant
+from train.wiring import Wiring
+
+
+class Config(MethodConfig):
+    name: Literal["doubled"] = "doubled"
+    factor: float = 2.0
+
+    def build(self, wiring: Wiring, steps: int) -> Method:
+        return Method(Doubled(wiring.latents, self.factor), [Reconstruction("recon", constant(1.0))])
+
+
+class Doubled(Activation):
+    def __init__(self, latents: int, factor: float) -> None:
+        super().__init__(latents)
+        self.factor = factor
+
+    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
+        f_BL = self.factor * relu(pre.dense())
+        return DenseCode(f_BL, f_BL)
+'''
+
+
+def test_a_file_that_is_added_at_run_time_is_a_method_and_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "doubled.py").write_text(METHOD)
+    monkeypatch.setattr(train.methods, "__path__", [*train.methods.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    try:
+        assert "doubled" in methods.names()
+        trainer = cases.trainer("dedicated", "doubled", method=methods.parse({"name": "doubled", "factor": 3.0}))
+        x = cases.random_rows("dedicated", 64)
+        losses = [float(trainer.update(x)["loss"]) for _ in range(30)]
+        assert losses[-1] < 0.7 * losses[0]
+        trainer.dictionary.eval().save(tmp_path / "saved")
+        assert torch.equal(Dictionary.load(tmp_path / "saved").encode(x), trainer.dictionary.encode(x))
+    finally:
+        sys.modules.pop("train.methods.doubled", None)
