@@ -47,7 +47,7 @@ def cast(x_ND: Tensor, factor: float, sink_norm: float) -> Cast:
 
 
 def calibrated(norms: list[Tensor], largest: float) -> dict[str, float]:
-    """attributes.granary.scale of one source, from the rows that the calibration saw. Norms that are zero are left out."""
+    """attributes.granary.scale of one source, from the rows that the calibration saw. Norms of zero are left out."""
     norms_N = torch.cat(norms).double()
     median = float(norms_N[norms_N > 0].median()) if bool((norms_N > 0).any()) else 0.0
     return {

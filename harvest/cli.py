@@ -12,7 +12,7 @@ from harvest import plan as planning
 from harvest import work
 from harvest.config import HarvestConfig
 from shared import config, files, hooks, models
-from shared.errors import ConfigError, one_line
+from shared.errors import ConfigError, ModelError, one_line
 from shared.log import Log
 from shared.source import Model
 from shared.store import Header, Store
@@ -109,7 +109,9 @@ def inspect(
     """
     opened = Store.open(store)
     chosen = _rows(rows, opened.rows)
-    records = view.table(opened, chosen, {name: _tokenizer(m, model or []) for name, m in opened.header.models.items()})
+    moved = _moved(model or [], list(opened.header.models))
+    tokenizers = {name: _tokenizer(m, moved.get(name, m.path)) for name, m in opened.header.models.items()}
+    records = view.table(opened, chosen, tokenizers)
     print(json.dumps(records, ensure_ascii=False) if as_json else "\n".join(view.lines(records)))
 
 
@@ -133,11 +135,25 @@ def _rows(text: str, count: int) -> range:
     return chosen
 
 
-def _tokenizer(model: Model, elsewhere: list[str]) -> models.Tokenizer:
-    moved = dict(item.split("=", 1) for item in elsewhere if "=" in item)
-    tokenizer = models.load_tokenizer(models.resolve(moved.get(model.name, model.path), say=lambda text: None))
+def _moved(given: list[str], names: list[str]) -> dict[str, str]:
+    """{model: path} of NAME=PATH items."""
+    moved = {}
+    for item in given:
+        name, equals, path = item.partition("=")
+        if not equals or name not in names:
+            raise ConfigError("--model must read NAME=PATH", item, f"The store's models are {', '.join(names)}")
+        moved[name] = path
+    return moved
+
+
+def _tokenizer(model: Model, path: str) -> models.Tokenizer:
+    way_out = f"Give --model {model.name}=PATH, where it lies now"
+    try:
+        tokenizer = models.load_tokenizer(models.resolve(path, say=lambda text: None))
+    except ModelError as error:
+        raise ModelError(error.what, error.value, way_out) from None
     if models.tokenizer_fingerprint(tokenizer) != model.tokenizer:
-        raise ConfigError("this is not the tokenizer of the store", model.path, f"Give --model {model.name}=PATH")
+        raise ConfigError(f"this is not the tokenizer of {model.name} in the store", path, way_out)
     return tokenizer
 
 

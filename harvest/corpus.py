@@ -155,7 +155,7 @@ def _fields(record: Any, config: CorpusConfig, where: str) -> tuple[str | None, 
 def python_docs() -> Iterator[Document]:
     """Help topics, and one document per module of the standard library: its docstring and those of its members.
 
-    The docstrings are parsed from the sources, so nothing is imported, and the text is the same for a version of CPython.
+    The docstrings are parsed from the sources, so nothing is imported, and a version of CPython has one text.
     """
     from pydoc_data import topics
 

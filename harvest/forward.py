@@ -16,7 +16,7 @@ from shared.store import Store
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass and the rows that it makes: row_N of the store, which stand at place_N = segment x T + position."""
+    """One forward pass and the rows that it makes: row_N of the store, which stand at place_N = b x T + position."""
 
     ids_BT: Tensor
     mask_BT: Tensor

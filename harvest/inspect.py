@@ -1,6 +1,10 @@
-"""Rows of a store as a person reads them: the paired tokens side by side, with their norms."""
+"""Rows of a store as a person reads them: the paired tokens side by side, with their norms.
+
+Letters: T tokens of a model, G segments.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,14 +16,15 @@ FAULTS = {CLIPPED: "clipped", MASKED: "masked", SINK: "sink"}
 
 
 def table(store: Store, rows: Sequence[int], tokenizers: Mapping[str, Tokenizer]) -> list[dict[str, str]]:
-    """One record per row: row, document, and per model its token, position and flags; per source its norm and faults."""
+    """One record per row: row, document, and per model its token, position and flags, per source norm and faults."""
     ids, document = store.document_ids(), store.column("rows/document")
     records = [{"row": str(row), "document": ids[document[row]]} for row in rows]
     for model, tokenizer in tokenizers.items():
         columns = [store.column(f"rows/{model}/{name}") for name in ("token", "position", "flags")]
+        texts = Texts.of(store, model, tokenizer)
         for record, row in zip(records, rows, strict=True):
             token, position, flags = (column[row] for column in columns)
-            record[model] = repr(token_text(store, model, int(token), tokenizer))
+            record[model] = repr(texts.text(int(token)))
             record[f"{model}@"] = str(position) + _named(int(flags), FLAGS)
     for source in store.header.sources:
         norms, faults = store.column(f"norms/{source}"), store.column(f"faults/{source}")
@@ -28,16 +33,41 @@ def table(store: Store, rows: Sequence[int], tokenizers: Mapping[str, Tokenizer]
     return records
 
 
-def token_text(store: Store, model: str, token: int, tokenizer: Tokenizer) -> str:
-    """The text that token number `token` adds to its segment; a token inside a character shows as U+FFFD."""
-    ids, segments = store.column(f"tokens/{model}/id"), store.column(f"tokens/{model}/segment")
-    start = int(segments[np.searchsorted(segments, token, "right") - 1])
-    before = prefix_text(tokenizer, ids[max(start, token - 16) : token]).rstrip("\ufffd")  # the start of a character
-    return prefix_text(tokenizer, ids[max(start, token - 16) : token + 1])[len(before) :]
+@dataclass(frozen=True)
+class Texts:
+    """Every token of a model in a store, as text."""
 
+    tokenizer: Tokenizer
+    ids_T: np.ndarray
+    ends_T: np.ndarray
+    segment_G: np.ndarray
 
-def prefix_text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+    @classmethod
+    def of(cls, store: Store, model: str, tokenizer: Tokenizer) -> "Texts":
+        return cls(tokenizer, *(store.column(f"tokens/{model}/{name}") for name in ("id", "end", "segment")))
+
+    def text(self, token: int) -> str:
+        """What a token adds to its segment: of the tokens of one character, the last adds it, the others U+FFFD.
+
+        Decoded behind one more whole character, since a text's first space, and a part of a character among others,
+        decode to something else.
+        """
+        start = int(self.segment_G[np.searchsorted(self.segment_G, token, "right") - 1])
+        whole_T = self._whole(start, token + 1)
+        if not whole_T[-1]:
+            return "\ufffd"
+        behind = start + 1 + np.flatnonzero(whole_T[:-1])  # where a text behind a whole character begins
+        first, last = ([start, start, *behind.tolist()])[-2:]
+        return self._decode(first, token + 1)[len(self._decode(first, last)) :]
+
+    def _whole(self, start: int, stop: int) -> np.ndarray:
+        """Whether a token ends with a character, or is special; where the tokenizer does not tell, all may."""
+        ends_T = self.ends_T[start:stop]
+        special_T = np.isin(self.ids_T[start:stop], self.tokenizer.all_special_ids)
+        return (ends_T >= 0) | special_T if (self.ends_T >= 0).any() else np.full(len(ends_T), True)
+
+    def _decode(self, start: int, stop: int) -> str:
+        return str(self.tokenizer.decode(self.ids_T[start:stop].tolist(), clean_up_tokenization_spaces=False))
 
 
 def lines(records: Sequence[Mapping[str, str]]) -> list[str]:

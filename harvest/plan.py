@@ -194,7 +194,7 @@ class _Draft:
     def tables(self) -> dict[str, np.ndarray]:
         encoded = [name.encode() for name in self.ids]
         document_row = np.array(self.document_rows, np.int64)
-        tables = {
+        tables: dict[str, np.ndarray] = {
             "rows/document": np.repeat(np.arange(len(self.ids), dtype=np.int32), np.diff(document_row)),
             "segments/document": np.array(self.segment_document, np.int32),
             "segments/row": np.array(self.segment_rows, np.int64),
@@ -210,12 +210,12 @@ class _Draft:
     def _model_tables(self, name: str, model: _Model) -> dict[str, np.ndarray]:
         ids, token, position = np.concatenate(model.ids), np.concatenate(model.token), np.concatenate(model.position)
         speller, of_row = self.spellers[name], ids[token]
-        bos = speller.tokenizer.bos_token_id
+        bos = -1 if speller.tokenizer.bos_token_id is None else int(speller.tokenizer.bos_token_id)
         flags = FIRST * (position == 0) | SPECIAL * np.isin(of_row, speller.special)
         return {
             f"rows/{name}/token": token.astype(np.int64),
             f"rows/{name}/position": position,
-            f"rows/{name}/flags": (flags | BOS * (of_row == (-1 if bos is None else bos))).astype(np.uint8),
+            f"rows/{name}/flags": (flags | BOS * (of_row == bos)).astype(np.uint8),
             f"tokens/{name}/id": ids,
             f"tokens/{name}/end": np.concatenate(model.ends),
             f"tokens/{name}/segment": np.cumsum([0, *model.lengths], dtype=np.int64),
@@ -235,7 +235,7 @@ class _Draft:
 
 
 def _batches(draft: _Draft, shard_rows: int, budget: int) -> dict[str, np.ndarray]:
-    """batches/<model>/...: per shard, its segments by length, the longest first, as many to a batch as fit the budget."""
+    """batches/<model>/...: per shard, its segments by length, longest first, as many to a batch as fit the budget."""
     rows_G = np.array(draft.segment_rows)
     shards = [_segments_of(rows_G, start, start + shard_rows) for start in range(0, draft.rows, shard_rows)]
     tables = {}

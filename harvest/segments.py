@@ -44,7 +44,7 @@ class Speller:
 
     @cached_property
     def style(self) -> str:
-        """How pieces spell bytes: "bytes" (GPT-2's alphabet), "words" (SentencePiece) or "offsets" (do not use them)."""
+        """How pieces spell bytes: "bytes" (GPT-2's alphabet), "words" (SentencePiece) or "offsets" (not at all)."""
         if not self.tokenizer.is_fast:
             return "none"
         decoder = json.dumps(json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"])
@@ -71,8 +71,7 @@ class Speller:
         if index not in self._pieces:
             piece = self.added.get(index)
             if piece is None:
-                piece = self.tokenizer.convert_ids_to_tokens(index)
-                self._pieces[index] = _unspell(piece, self.style)
+                self._pieces[index] = _unspell(str(self.tokenizer.convert_ids_to_tokens(index)), self.style)
             else:
                 self._pieces[index] = piece.replace("\u2581", " ").encode() if self.style == "words" else piece.encode()
         return self._pieces[index]

@@ -61,7 +61,8 @@ def find(model: nn.Module, name: str) -> Site:
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The path of the model's blocks and the blocks. Raises SiteError where there is no such list."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config: Any = model.config
+    config = getattr(config, "get_text_config", lambda: config)()  # of a model of several modalities
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return path, module
@@ -74,7 +75,8 @@ def _named(model: nn.Module) -> dict[str, Site]:
     sites = {}
     for number, block in enumerate(layers):
         path = f"{root}.{number}"
-        found = {"resid": (path, "out"), "resid_in": (path, "in"), **_inside(block, path)}
+        found: dict[str, tuple[str, Side]] = {"resid": (path, "out"), "resid_in": (path, "in")}
+        found |= _inside(block, path)
         for kind, (module, side) in found.items():
             sites[f"{kind}.{number}"] = Site(f"{kind}.{number}", module, side)
     return sites

@@ -1,4 +1,4 @@
-"""Models and tokenizers, from a directory, a GGUF file, a package or a hub id: the only file that knows transformers."""
+"""Models and tokenizers, from a folder, a GGUF file, a package or a hub id: the only file that knows transformers."""
 
 import contextlib
 import hashlib
@@ -122,7 +122,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """sha256 of what the tokenizer does: the fast tokenizer's own description, or vocabulary and class of a slow one."""
+    """sha256 of what the tokenizer does: a fast tokenizer's own description, or vocabulary and class of a slow one."""
     if tokenizer.is_fast:
         text = tokenizer.backend_tokenizer.to_str()
     else:

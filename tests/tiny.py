@@ -63,9 +63,7 @@ def byte_level(size: int = 400, trim_offsets: bool = False, prefix_space: bool =
     backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     end = "<|endoftext|>"
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
-    )  # type: ignore[call-arg]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)  # type: ignore[call-arg]
     backend.train_from_iterator(_lines(), trainer)
     return Spelling(backend, {"eos_token": end})
 
@@ -77,9 +75,7 @@ def sentencepiece(size: int = 600, prepend: bool = False) -> Spelling:
     learner.normalizer = normalizers.Replace(" ", "▁")
     learner.pre_tokenizer = pre_tokenizers.Split(Regex("▁*[^▁\n]+|\n+|▁+"), "isolated")
     special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 256, special_tokens=special, limit_alphabet=90, show_progress=False
-    )  # type: ignore[call-arg]
+    trainer = trainers.BpeTrainer(vocab_size=size - 256, special_tokens=special, limit_alphabet=90, show_progress=False)  # type: ignore[call-arg]
     learner.train_from_iterator(_lines(), trainer)
     learned = json.loads(learner.to_str())["model"]
     words = [word for word, _ in sorted(learned["vocab"].items(), key=lambda item: item[1]) if word not in special]
@@ -90,9 +86,7 @@ def sentencepiece(size: int = 600, prepend: bool = False) -> Spelling:
     replace = normalizers.Replace(" ", "▁")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prepend else replace
     strip = [decoders.Strip(" ", 1, 0)] if prepend else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     backend.add_special_tokens(special)
     backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return Spelling(backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
@@ -149,7 +143,9 @@ def _llama(common: dict[str, Any]) -> Any:
 
 
 def _gemma3(common: dict[str, Any]) -> Any:
-    kinds = ["sliding_attention" if number % 2 == 0 else "full_attention" for number in range(common["num_hidden_layers"])]
+    kinds = [
+        "sliding_attention" if number % 2 == 0 else "full_attention" for number in range(common["num_hidden_layers"])
+    ]
     config = transformers.Gemma3TextConfig(
         **common, num_key_value_heads=1, head_dim=8, sliding_window=8, layer_types=kinds, query_pre_attn_scalar=8
     )

@@ -15,7 +15,10 @@ from torch.nn.functional import embedding_bag
 
 @dataclass(frozen=True)
 class Entries:
-    """Kept entries (row, latent) of a B x L matrix, ordered by row. Positions are int64: B x L may pass 2^31."""
+    """Kept entries (row, latent) of a B x L matrix. Positions are int64: B x L may pass 2^31.
+
+    Ordered by row, then latent: sums over a row then round alike whatever the scores behind them were.
+    """
 
     row_K: Tensor
     latent_K: Tensor
@@ -44,7 +47,7 @@ def _starts(index_K: Tensor, length: int) -> Tensor:
 def top_per_row(score_BL: Tensor, k: int) -> Entries:
     """The k largest of every row. Exactly B x k entries; among ties, any."""
     rows, latents = score_BL.shape
-    latent_Bk = score_BL.topk(k, dim=1, sorted=False).indices
+    latent_Bk = score_BL.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
     row_K = torch.arange(rows, device=score_BL.device).repeat_interleave(k)
     return Entries(row_K, latent_Bk.flatten(), rows, latents)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from train.code import Forward, SparseCode
-from train.kernels import Entries
+from train.kernels import Entries, top_per_row
 from train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -71,10 +71,8 @@ class AuxK(Term):
         first = next(iter(out.y.values()))
         if not len(dead):
             return first.new_zeros(())
-        rows, k = len(first), min(self.k_aux, len(dead))
-        latent_Bk = dead[out.pre.h_BL[:, dead].topk(k, dim=1, sorted=False).indices]
-        row_K = torch.arange(rows, device=first.device).repeat_interleave(k)
-        entries = Entries(row_K, latent_Bk.flatten(), rows, len(now.dead_L))
+        top = top_per_row(out.pre.h_BL[:, dead], min(self.k_aux, len(dead)))
+        entries = Entries(top.row_K, dead[top.latent_K], len(first), len(now.dead_L))
         code = SparseCode(entries, relu(out.pre.at(entries)))
         parts = []
         for source, y_BD in out.y.items():

@@ -109,7 +109,7 @@ def test_tokens_whose_ends_never_meet_but_at_the_last_give_one_place(tmp_path: P
 
 def test_the_tokens_inside_a_character_never_pair(spellers: dict[str, Speller]) -> None:
     read = [spellers[name].spell("😀日") for name in ("bytes", "pieces")]
-    assert [one.ends_T.tolist() for one in read][0] == [-1, -1, -1, 1, -1, -1, 2]
+    assert read[0].ends_T.tolist() == [-1, -1, -1, 1, -1, -1, 2]
     stops_MJ = offsets(read)
     assert [one.ends_T[stops_J - 1].tolist() for one, stops_J in zip(read, stops_MJ, strict=True)] == [[1, 2], [1, 2]]
 
@@ -156,6 +156,6 @@ def test_identical_takes_every_token() -> None:
 
 def test_identical_refuses_other_ids() -> None:
     for other in ([4, 5], [4, 5, 7], [4, 5, 6, 6]):
-        with pytest.raises(AlignmentError, match="do not give the same ids: model 1 and model 3. Set rows.align") as e:
+        with pytest.raises(AlignmentError, match=r"do not give the same ids: model 1 and model 3. Set rows.align") as e:
             identical([tokens([4, 5, 6], [1, 2, 3])] * 2 + [tokens(other, [1] * len(other))])
         assert e.value.exit_code == 2

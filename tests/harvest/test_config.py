@@ -31,7 +31,7 @@ def test_a_model_and_a_site_are_all_that_must_be_given() -> None:
 
 
 def test_a_config_cannot_be_changed() -> None:
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ValueError, match=r"frozen"):
         config().rows.seed = 1
 
 

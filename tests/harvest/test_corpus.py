@@ -115,7 +115,9 @@ def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_name_that_is_neither_here_nor_on_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    assert refused("nobody/nothing").startswith("no such corpus here or on the hub: nobody/nothing. Check corpus.path (")
+    assert refused("nobody/nothing").startswith(
+        "no such corpus here or on the hub: nobody/nothing. Check corpus.path ("
+    )
 
 
 Write = Callable[[Path], object]
@@ -246,4 +248,6 @@ def test_docstrings_are_read_without_running_the_module(tmp_path: Path) -> None:
         'async def g():\n    """Of g."""\ndef _h():\n    """Nor that."""\n'
     )
     (tmp_path / "m.py").write_text(source)
-    assert corpus._docstrings(tmp_path / "m.py") == "The module.\n\nf\n\nOf f.\n\nA\n\nOf A.\n\nA.m\n\nOf m.\n\ng\n\nOf g."
+    assert (
+        corpus._docstrings(tmp_path / "m.py") == "The module.\n\nf\n\nOf f.\n\nA\n\nOf A.\n\nA.m\n\nOf m.\n\ng\n\nOf g."
+    )

@@ -189,13 +189,13 @@ def test_identical_with_two_models_gives_both_the_same_tables(spellers: Spellers
 
 def test_identical_refuses_models_with_other_ids(spellers: Spellers, tmp_path: Path) -> None:
     other = Speller(sentencepiece(size=590).load(tmp_path), "model", "other")
-    with pytest.raises(AlignmentError, match='Set rows.align to "offsets"'):
+    with pytest.raises(AlignmentError, match=r'Set rows.align to "offsets"'):
         build({**spellers, "other": other}, ("pieces", "other"), align="identical")
 
 
 def test_identical_refuses_models_with_other_special_tokens_around_a_text(spellers: Spellers, tmp_path: Path) -> None:
     bare = Speller(sentencepiece().load(tmp_path), "never", "bare")
-    with pytest.raises(AlignmentError, match="different special tokens around a text: pieces and bare. Set rows.bos"):
+    with pytest.raises(AlignmentError, match=r"different special tokens around a text: pieces and bare. Set rows.bos"):
         build({**spellers, "bare": bare}, ("pieces", "bare"), align="identical")
 
 
@@ -273,10 +273,10 @@ def test_tokens_out_of_reach_are_counted_also_behind_the_last_segment(tmp_path: 
 
 
 def test_a_corpus_without_any_row_is_refused(spellers: Spellers) -> None:
-    with pytest.raises(AlignmentError, match="no row came of the corpus: .*'documents_not_spelled': 1") as caught:
+    with pytest.raises(AlignmentError, match=r"no row came of the corpus: .*'documents_not_spelled': 1") as caught:
         build(spellers, documents=[Document("a", "▁")])
     assert caught.value.exit_code == 2
-    with pytest.raises(AlignmentError, match="no row came of the corpus"):
+    with pytest.raises(AlignmentError, match=r"no row came of the corpus"):
         build(spellers, ("words",), align="identical", limit=2)  # [CLS] and [SEP] leave no room
 
 

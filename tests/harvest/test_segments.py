@@ -26,8 +26,42 @@ KINDS = {
 }
 
 PIECES = [
-    *["the", " the", "The", " jumps", "fox", "é", "e\u0301", "\u0301", "ß", "İ", "日本", "語", "한국", "한", "😀", "👍🏽"],
-    *["👨‍👩‍👧", "🇫🇷", " ", "  ", "     ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u200b", "\ufeff", "1989", "198", "9", "0"],
+    *[
+        "the",
+        " the",
+        "The",
+        " jumps",
+        "fox",
+        "é",
+        "e\u0301",
+        "\u0301",
+        "ß",
+        "İ",
+        "日本",
+        "語",
+        "한국",
+        "한",
+        "😀",
+        "👍🏽",
+    ],
+    *[
+        "👨‍👩‍👧",
+        "🇫🇷",
+        " ",
+        "  ",
+        "     ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "\u00a0",
+        "\u200b",
+        "\ufeff",
+        "1989",
+        "198",
+        "9",
+        "0",
+    ],
     *["<0x41>", "<", ">", "\x00", "\x7f", "\ufffd", "Ġ", "Ċ", "ﬁ", "Ⅷ", "...", "'s", "can't"],
 ]
 texts = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=12).map(
@@ -224,7 +258,7 @@ def test_what_stands_around_a_segment_is_what_the_tokenizer_adds_its_bos_or_noth
 def test_a_bos_cannot_always_stand_before_the_segments_of_a_tokenizer_without_one(
     tmp_path: Path, spelling: Spelling
 ) -> None:
-    with pytest.raises(ModelError, match="the tokenizer has no BOS token: m. Set rows.bos to model or never"):
+    with pytest.raises(ModelError, match=r"the tokenizer has no BOS token: m. Set rows.bos to model or never"):
         load(spelling, tmp_path, "always")
 
 

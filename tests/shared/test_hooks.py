@@ -24,6 +24,15 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # another length of padding sums fp32 in a
 Models = dict[str, nn.Module]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost far more than these models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
@@ -217,7 +226,7 @@ def test_the_first_of_a_tuple_and_the_last_hidden_state_of_a_record_are_unwrappe
     record = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=x)
     assert all(hooks.unwrap(value, "s") is x for value in (x, (x, None), [x], record, (record, 1)))
     for value in (None, (), "text", (None, x)):
-        with pytest.raises(ActivationError, match="s carries no tensor of activations"):
+        with pytest.raises(ActivationError, match=r"s carries no tensor of activations"):
             hooks.unwrap(value, "s")
 
 
@@ -235,7 +244,7 @@ def test_a_block_behind_the_last_site_is_never_reached(folders: dict[str, Path],
     hooks.blocks(model)[1][2].forward = Mine().forward
     for name, value in catch(model, ["resid.1", "resid.0"], segment(5)).items():
         torch.testing.assert_close(value, expected[name], **EXACT)
-    with pytest.raises(AssertionError, match="reached"):
+    with pytest.raises(AssertionError, match=r"reached"):
         catch(model, ["resid.2"], segment(5))
     assert count_hooks(model) == 0
 
@@ -285,12 +294,12 @@ def test_runs_under_one_capture_do_not_mix(loaded: Models) -> None:
 
 def test_a_site_that_a_forward_pass_does_not_reach_is_named(llama: nn.Module) -> None:
     llama.aside = nn.Linear(2, 2)
-    with pytest.raises(SiteError, match="were not reached by a forward pass: aside"):
+    with pytest.raises(SiteError, match=r"were not reached by a forward pass: aside"):
         catch(llama, ["resid.0", "aside"], segment(5))
 
 
 def test_a_module_without_a_row_per_position_is_refused(loaded: Models) -> None:
-    with pytest.raises(ActivationError, match="wpe:out has no row per position"):
+    with pytest.raises(ActivationError, match=r"wpe:out has no row per position"):
         catch(loaded["gpt2"], ["wpe:out"], *padded_batch())
 
 
@@ -342,7 +351,7 @@ def test_a_wrong_site_is_refused_with_the_nearest_ones(loaded: Models, name: str
 def test_a_kind_that_the_blocks_have_not_is_refused_with_the_nearest(llama: nn.Module) -> None:
     for block in hooks.blocks(llama)[1]:
         del block.mlp
-    with pytest.raises(SiteError, match="the model has no site: mlp_out.1"):
+    with pytest.raises(SiteError, match=r"the model has no site: mlp_out.1"):
         hooks.find(llama, "mlp_out.1")
 
 
@@ -372,7 +381,7 @@ def test_a_model_without_a_list_of_blocks_is_told_so() -> None:
 
     model = nn.Sequential(nn.Linear(2, 2))
     model.config = Config()
-    with pytest.raises(SiteError, match="cannot find the model's blocks: Sequential"):
+    with pytest.raises(SiteError, match=r"cannot find the model's blocks: Sequential"):
         hooks.blocks(model)
 
 

@@ -36,9 +36,7 @@ def edit_config(folder: Path, **fields: object) -> None:
 # --- finding --------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_found_and_keeps_the_path_that_the_user_gave(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_found_and_keeps_the_path_that_the_user_gave(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(folder) == models.Checkpoint(str(folder), folder)
     monkeypatch.chdir(folder.parent)
     assert resolve("model").folder == Path("model")
@@ -75,7 +73,7 @@ def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing_behind(
     monkeypatch.setenv("GRANARY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(60))
     said: list[str] = []
-    with pytest.raises(ModelError, match="cannot read this GGUF file: .*bad.gguf"):
+    with pytest.raises(ModelError, match=r"cannot read this GGUF file: .*bad.gguf"):
         models.resolve(str(tmp_path / "bad.gguf"), say=said.append)
     assert said[0].startswith("converting bad.gguf once")
     assert list((tmp_path / "cache" / "models").iterdir()) == []
@@ -94,7 +92,7 @@ def test_a_config_that_cannot_be_read_is_refused_in_one_line(folder: Path, text:
 
 
 def test_an_attention_that_does_not_exist_is_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match="cannot build this model"):
+    with pytest.raises(ModelError, match=r"cannot build this model"):
         models.attention(resolve(folder), "nonsense")
 
 
@@ -151,20 +149,20 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused_rather_than_filled_with_ran
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match="the model folder lacks weights: .* 1 of .* layers.1.mlp.up_proj.weight"):
+    with pytest.raises(ModelError, match=r"the model folder lacks weights: .* 1 of .* layers.1.mlp.up_proj.weight"):
         models.load(resolve(folder), "float32", None, "cpu")
 
 
 def test_weights_that_cannot_be_read_or_do_not_fit_are_refused_in_one_line(folder: Path) -> None:
     edit_config(folder, intermediate_size=48)
-    with pytest.raises(ModelError, match="cannot load the weights") as caught:
+    with pytest.raises(ModelError, match=r"cannot load the weights") as caught:
         models.load(resolve(folder), "float32", None, "cpu")
     assert "\n" not in str(caught.value)
     (folder / "model.safetensors").write_bytes(b"torn" * 9)
-    with pytest.raises(ModelError, match="cannot load the weights"):
+    with pytest.raises(ModelError, match=r"cannot load the weights"):
         models.load(resolve(folder), "float32", None, "cpu")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="no weights in the model folder"):
+    with pytest.raises(ModelError, match=r"no weights in the model folder"):
         resolve(folder).weights_fingerprint()
 
 

@@ -80,7 +80,7 @@ def test_negative_rows_still_give_k_entries_and_a_batch_may_leave_rows_empty() -
 
 
 @given(rows=st.integers(1, 9), latents=st.integers(1, 12), seed=seeds)
-def test_entries_stand_in_order_of_rows_and_know_where_rows_and_latents_start(
+def test_entries_stand_in_order_of_rows_then_latents_and_know_where_both_start(
     rows: int, latents: int, seed: int
 ) -> None:
     score_BL = matrix(rows, latents, seed)
@@ -90,7 +90,8 @@ def test_entries_stand_in_order_of_rows_and_know_where_rows_and_latents_start(
         above(score_BL, 0.5),
     ):
         assert entries.row_K.dtype == entries.latent_K.dtype == torch.int64
-        assert torch.equal(entries.row_K, entries.row_K.sort().values)
+        flat_K = entries.row_K * latents + entries.latent_K
+        assert torch.equal(flat_K, flat_K.sort().values)
         counts_L = mask(entries).sum(0)
         assert torch.equal(entries.latent_starts_L, counts_L.cumsum(0) - counts_L)
         assert torch.equal(entries.latent_K[entries.by_latent_K], entries.latent_K.sort().values)

@@ -96,7 +96,7 @@ def test_auxk_takes_all_dead_latents_where_there_are_fewer_than_k_aux(case: str)
     out, dense = made(x), Dense.of(made)
     y = {name: value.double() for name, value in out.y.items()}
     value = AuxK("aux", constant(1), 100)(made, out, Now(0, dead_L))
-    assert float(value) == pytest.approx(float(aux(dense, x, y, dead_L, 2)), rel=1e-5)
+    assert value.item() == pytest.approx(aux(dense, x, y, dead_L, 2).item(), rel=1e-5)
 
 
 @every_case

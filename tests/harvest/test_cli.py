@@ -1,0 +1,435 @@
+"""The harvest command as a user meets it: what it prints, and one line for each mistake."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+
+from harvest import cli, work
+from harvest.inspect import table
+from shared import files, models
+from shared.store import Store
+from tests.harvest.test_work import config, tree
+from tests.tiny import TEXTS, byte_level, save_model, sentencepiece
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Harvest = Callable[..., Done]
+
+
+@pytest.fixture
+def harvest(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Harvest:
+    """Runs the command in this process."""
+
+    def run(*arguments: object) -> Done:
+        threads = torch.get_num_threads()
+        monkeypatch.setattr(sys, "argv", ["harvest", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        torch.set_num_threads(threads)
+        return Done(int(ended.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli")
+    save_model(root / "llama", "llama", byte_level(), seed=1)
+    save_model(root / "gemma", "gemma3", sentencepiece(), seed=2, width=24)
+    records = [{"text": text, "id": f"doc {number}"} for number, text in enumerate(TEXTS)]
+    (root / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return root
+
+
+def write_config(home: Path, folder: Path, **tables: Any) -> Path:
+    file = folder / "pair.toml"
+    made = config(home, folder / "pair.zarr", rows={"context": 24, "count": 120}).model_dump(exclude_none=True)
+    for name, values in tables.items():
+        made[name] = {**made[name], **values}
+    file.write_text(tomli_w.dumps(made))
+    return file
+
+
+@pytest.fixture(scope="module")
+def pair(home: Path) -> Store:
+    """A finished store, made in a subprocess, so that the whole command runs as it does for a user."""
+    file = write_config(home, home)
+    done = subprocess.run(
+        [sys.executable, "-c", "from harvest.cli import main; main()", "run", str(file), "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["store"] == str(home / "pair.zarr")
+    assert result["rows"] == 120
+    assert set(result["scale_factor"]) == {"early", "inner", "gemma"}
+    assert result["faults"]["gemma"] == {"clipped": 0, "masked": 0, "sink": result["faults"]["gemma"]["sink"]}
+    assert "planned 120 rows" in done.stderr
+    assert "Traceback" not in done.stderr
+    return Store.open(home / "pair.zarr")
+
+
+# --- what it prints -------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_store_is_left_alone_and_described_again(harvest: Harvest, home: Path, pair: Store) -> None:
+    before = tree(pair.path)
+    done = harvest("run", home / "pair.toml", "--json")
+    assert done.code == 0
+    assert done.json["id"] == pair.header.id
+    assert done.err == f"{pair.path} is already finished: nothing to do\n"
+    text = harvest("run", home / "pair.toml").out
+    assert f"store  {pair.path}\n" in text
+    assert "rows  120\n" in text
+    assert tree(pair.path) == before
+
+
+def test_plan_tells_what_would_be_stored_and_writes_nothing(harvest: Harvest, home: Path, tmp_path: Path) -> None:
+    file = write_config(home, tmp_path)
+    before = tree(tmp_path)
+    done = harvest("plan", file, "--json", "--set", "rows.count=50", "--store", tmp_path / "other.zarr")
+    assert done.code == 0
+    plan = done.json
+    assert (plan["rows"], plan["alignment"], plan["store"]) == (50, "offsets", str(tmp_path / "other.zarr"))
+    assert set(plan["bytes"]) == {"early", "inner", "gemma", "plan"}
+    assert plan["total_bytes"] == sum(plan["bytes"].values())
+    assert plan["free_bytes"] > 0
+    assert 0 < plan["aligned_tokens"]["llama"] <= 1
+    text = harvest("plan", file).out
+    assert "rows  120\n" in text
+    assert " %" in text
+    assert " MB" in text
+    assert tree(tmp_path) == before
+
+
+def test_the_plan_is_what_the_run_stores(harvest: Harvest, home: Path, pair: Store) -> None:
+    plan = harvest("plan", home / "pair.toml", "--json").json
+    assert plan["id"] == pair.header.id
+    assert {key: plan[key] for key in pair.header.plan} == pair.header.plan
+
+
+def test_sites_are_listed_with_their_widths(harvest: Harvest, home: Path) -> None:
+    found = harvest("sites", home / "gemma", "--json").json
+    assert len(found) == 15
+    assert found["resid.2"] == found["mlp_out.0"] == 24
+    lines = harvest("sites", home / "gemma").out.splitlines()
+    assert [line.split() for line in lines] == [
+        [f"{kind}.0", "...", f"{kind}.2", "width", "24"]
+        for kind in ("resid", "resid_in", "attn_out", "mlp_in", "mlp_out")
+    ]
+
+
+def test_flags_and_settings_reach_the_run(harvest: Harvest, home: Path, tmp_path: Path) -> None:
+    file = write_config(home, tmp_path)
+    done = harvest(
+        "run", file, "--store", tmp_path / "x.zarr", "--threads", 2, "--device", "cpu", "--json",
+        "--set", "rows.count=40", "--set", 'models.gemma.sites=["resid.0", "mlp_in.1"]',
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert set(done.json["scale_factor"]) == {"early", "inner", "gemma_resid_0", "gemma_mlp_in_1"}
+    store = Store.open(tmp_path / "x.zarr")
+    assert store.rows == 40
+    assert json.loads((store.path / "receipts" / "00000.gemma.json").read_text())["threads"] == 2
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "sites", "inspect"])
+def test_every_command_has_help_with_an_example(harvest: Harvest, command: str) -> None:
+    done = harvest(command, "--help")
+    assert done.code == 0
+    assert f"Example: harvest {command}" in done.out
+
+
+# --- inspect --------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_aligned_tokens_side_by_side_with_norms(harvest: Harvest, pair: Store) -> None:
+    records = harvest("inspect", pair.path, "--rows", "0:120", "--json").json
+    assert [record["row"] for record in records] == [str(row) for row in range(120)]
+    texts = {f"doc {number}": text for number, text in enumerate(TEXTS)}
+    norms = pair.column("norms/gemma")
+    for record in records:
+        one, two = (ast.literal_eval(record[name]) for name in ("llama", "gemma"))
+        assert one.endswith(two) or two.endswith(one)
+        assert one
+        assert two
+        assert one in texts[record["document"]]
+        assert float(record["|gemma|"].split()[0]) == pytest.approx(norms[int(record["row"])], abs=0.06)
+        assert int(record["gemma@"].split()[0]) == int(record["llama@"].split()[0]) + 1 or record["row"] != "0"
+    assert records[0]["llama@"] == "0 first"
+    lines = harvest("inspect", pair.path).out.splitlines()
+    assert len(lines) == 21
+    assert lines[0].split() == [
+        "row",
+        "document",
+        "llama",
+        "llama@",
+        "gemma",
+        "gemma@",
+        "|early|",
+        "|inner|",
+        "|gemma|",
+    ]
+
+
+def shown(home: Path, folder: Path, text: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """What inspect shows of a store of one text."""
+    (folder / "text.txt").write_text(text)
+    asked = config(home, folder / "x.zarr", corpus={"path": str(folder / "text.txt"), "id": None})
+    asked = asked.model_copy(update={"models": {name: asked.models[name] for name in names}})
+    log = work.Log(quiet=True)
+    store = work.run(work.prepare(asked, log), log)
+    tokenizers = {name: models.load_tokenizer(models.resolve(str(home / name))) for name in names}
+    records = table(store, range(store.rows), tokenizers)
+    return [tuple(ast.literal_eval(record[name]) for name in names) for record in records]
+
+
+def test_a_character_of_several_tokens_is_shown_at_its_last(home: Path, tmp_path: Path) -> None:
+    assert shown(home, tmp_path, "a😀日b", ("llama", "gemma")) == [(c, c) for c in "a😀日b"]
+
+
+def test_a_model_on_its_own_shows_each_token_and_the_parts_of_a_character(home: Path, tmp_path: Path) -> None:
+    assert shown(home, tmp_path, "😀日 the", ("gemma",)) == [
+        ("<s>",), *[("\ufffd",)] * 3, ("😀",), *[("\ufffd",)] * 2, ("日",), (" the",),
+    ]  # fmt: skip
+
+
+def test_joined_tokens_are_the_text_also_where_the_decoder_strips_the_first_space(home: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "llama", "llama", sentencepiece(prepend=True))
+    text = "It was  as it is, 日本.\n"
+    pieces = [piece for (piece,) in shown(tmp_path, tmp_path, text, ("llama",))]
+    assert pieces[0] == "<s>"
+    assert "".join(piece for piece in pieces[1:] if piece != "\ufffd") == f" {text}"
+
+
+def test_a_slow_tokenizer_shows_its_tokens_too(home: Path, tmp_path: Path) -> None:
+    slow = shutil.copytree(home / "llama", tmp_path / "llama")
+    (slow / "tokenizer.json").unlink()
+    (slow / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert shown(tmp_path, tmp_path, "abc", ("llama",)) == [("a",), ("b",), ("c",), ("</s>",)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "shown"),
+    [("7", ["7"]), ("3:5", ["3", "4"]), ("118:", ["118", "119"]), (":2", ["0", "1"]), ("119:999", ["119"])],
+)
+def test_inspect_takes_a_row_or_a_range(harvest: Harvest, pair: Store, rows: str, shown: list[str]) -> None:
+    assert [record["row"] for record in harvest("inspect", pair.path, "--rows", rows, "--json").json] == shown
+
+
+def test_inspect_finds_a_tokenizer_that_has_moved(harvest: Harvest, home: Path, pair: Store, tmp_path: Path) -> None:
+    moved = shutil.copytree(home / "gemma", tmp_path / "gemma")
+    expected = harvest("inspect", pair.path).out
+    hidden = home / "hidden"
+    (home / "gemma").rename(hidden)
+    try:
+        refused = harvest("inspect", pair.path)
+        found = harvest("inspect", pair.path, "--model", f"gemma={moved}")
+    finally:
+        hidden.rename(home / "gemma")
+    assert found.out == expected
+    assert refused.code == 2
+    assert refused.err == f"error: no such model: {home / 'gemma'}. Give --model gemma=PATH, where it lies now\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["--rows", "x"], 2, "error: --rows must read START:STOP: x. Example: --rows 100:120"),
+        (["--rows", "120"], 2, "error: no such rows: 120. The store has rows 0 to 119"),
+        (["--rows", "5:3"], 2, "error: no such rows: 5:3. The store has rows 0 to 119"),
+        (["--rows=-3"], 2, "error: no such rows: -3. The store has rows 0 to 119"),
+        (["--model", "gemm=x"], 2, "error: --model must read NAME=PATH: gemm=x. The store's models are llama, gemma"),
+        (["--model", "gemma"], 2, "error: --model must read NAME=PATH: gemma. The store's models are llama, gemma"),
+        (["--model", "gemma={home}/llama"], 2, "error: this is not the tokenizer of gemma in the store: {home}/llama."),
+    ],
+)  # fmt: skip
+def test_inspect_refuses_what_it_cannot_show(
+    harvest: Harvest, home: Path, pair: Store, arguments: list[str], code: int, told: str
+) -> None:
+    done = harvest("inspect", pair.path, *(argument.format(home=home) for argument in arguments))
+    assert_one_line(done, code, told.format(home=home))
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def assert_one_line(done: Done, code: int, told: str) -> None:
+    assert done.err.startswith(told), done.err
+    assert done.err.count("\n") == 1
+    assert done.err.endswith("\n")
+    assert done.out == ""
+    assert done.code == code
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "missing model": (["models.llama.path={tmp}/none"], "error: no such model: {tmp}/none. Give a folder"),
+    "folder that is no model": (["models.llama.path={tmp}"], "error: no config.json in the model folder: {tmp}. "),
+    "missing package": (["models.llama.path=package:nix"], "error: this package is not installed: nix. "),
+    "missing corpus": (["corpus.path={tmp}/none.txt"], "error: no such corpus: {tmp}/none.txt. Check corpus.path"),
+    "empty corpus": (["corpus.path={tmp}/empty.txt"], "error: no text in the corpus: {tmp}/empty.txt. Check the file"),
+    "unreadable corpus": (["corpus.path={tmp}/binary.txt"], "error: cannot read the corpus: {tmp}/binary.txt. "),
+    "missing field": (["corpus.text=txt"], "error: no field 'txt' in {home}/corpus.jsonl, line 1: text, id. "),
+    "missing site": (
+        ['models.llama.sites=["resid.9"]'],
+        "error: the model has no site: resid.9. Its 3 blocks are resid.0 to resid.2",
+    ),
+    "misspelt site": (['models.llama.sites=["layers.1.mpl"]'], "error: the model has no site: layers.1.mpl. Did you m"),
+    "context": (["rows.context=65"], "error: rows.context is longer than the model's: 65 > 64 of "),
+    "slow tokenizer": (
+        ["models.llama.path={tmp}/slow"],
+        'error: rows.align "offsets" needs fast tokenizers, and this model has a slow one: llama. Save',
+    ),
+    "no bos": (["rows.bos=always"], "error: the tokenizer has no BOS token: llama. Set rows.bos to model or never"),
+    "misspelt key": (["rows.contxt=5"], "error: unknown key: rows.contxt. Did you mean rows.context"),
+    "wrong value": (["rows.count=-1"], "error: wrong value for rows.count: -1. "),
+    "no setting": (["rows.count"], "error: a setting must read KEY=VALUE: rows.count. Example:"),
+    "attention": (["models.llama.attention=none"], "error: cannot build this model: {home}/llama. Check its config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_gets_one_line_and_leaves_nothing(
+    harvest: Harvest, home: Path, tmp_path: Path, case: str, command: str
+) -> None:
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    if case == "slow tokenizer":
+        slow = shutil.copytree(home / "llama", tmp_path / "slow")
+        (slow / "tokenizer.json").unlink()
+        (slow / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    file = write_config(home, tmp_path)
+    before = tree(tmp_path)
+    arguments, told = MISTAKES[case]
+    changed = [part for setting in arguments for part in ("--set", setting.format(tmp=tmp_path))]
+    assert_one_line(harvest(command, file, *changed), 2, told.format(tmp=tmp_path, home=home))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "error: cannot read the config file: {file}. Check the path"),
+        ("models = [", "error: the config file is not valid TOML: {file}. "),
+        ("[corpus]\npath = 'x'", "error: missing key: models. Add it to the file"),
+        (
+            "[models.a]\npath = 'x'\nsite = 'y'\nsites = ['resid.1']",
+            "error: unknown key: models.a.site. Did you mean mo",
+        ),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_gets_one_line(
+    harvest: Harvest, tmp_path: Path, text: str | None, told: str
+) -> None:
+    file = tmp_path / "pair.toml"
+    if text is not None:
+        file.write_text(text)
+    assert_one_line(harvest("run", file), 2, told.format(file=file))
+
+
+def test_identical_alignment_of_other_tokenizers_is_refused(harvest: Harvest, home: Path, tmp_path: Path) -> None:
+    done = harvest("run", write_config(home, tmp_path), "--set", "rows.align=identical")
+    *progress, last = done.err.splitlines()
+    assert last.startswith("error: the tokenizers put different special tokens around a text: llama and gemma. Set ro")
+    assert all(line.startswith("planning") for line in progress)
+    done = harvest("run", tmp_path / "pair.toml", "--set", "rows.align=identical", "--set", "rows.bos=never")
+    assert done.err.splitlines()[-1].startswith("error: the tokenizers do not give the same ids: model 1 and model 2. ")
+    assert done.code == 2
+    assert not (tmp_path / "pair.zarr").exists()
+
+
+def test_another_store_at_the_path_gets_one_line_with_the_fields_that_differ(
+    harvest: Harvest, home: Path, pair: Store
+) -> None:
+    before = tree(pair.path)
+    done = harvest("run", home / "pair.toml", "--set", "rows.seed=5", "--set", "rows.count=99")
+    assert_one_line(done, 2, f"error: another store is at {pair.path}, and these fields differ (stored -> asked): ")
+    assert "rows.count: 120 -> 99; rows.seed: 0 -> 5. Give another path" in done.err
+    assert tree(pair.path) == before
+
+
+def test_no_space_gets_one_line_before_any_model_runs(
+    harvest: Harvest, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda path: 10)
+    monkeypatch.setattr(models, "load", None)
+    done = harvest("run", write_config(home, tmp_path))
+    assert done.code == 1
+    *progress, last = done.err.splitlines()
+    assert last.startswith(f"error: no space left for this store: {tmp_path}/pair.zarr needs ")
+    assert all(line.startswith("planning") for line in progress)
+    assert not (tmp_path / "pair.zarr").exists()
+
+
+@pytest.mark.parametrize("what", ["missing", "unfinished", "damaged"])
+def test_a_store_that_cannot_be_read_gets_one_line(harvest: Harvest, pair: Store, tmp_path: Path, what: str) -> None:
+    path = tmp_path / "x.zarr"
+    if what != "missing":
+        shutil.copytree(pair.path, path)
+    if what == "unfinished":
+        (path / "sealed").unlink()
+    if what == "damaged":
+        (path / "norms/gemma/c/0").unlink()
+    told = {
+        "missing": f"error: no Granary store here: {path}. Give the folder NAME.zarr",
+        "unfinished": f"error: this store is not finished: {path} has ",
+        "damaged": f"error: 1 files of {path} are missing or of the wrong size: norms/gemma/c/0. ",
+    }
+    assert_one_line(harvest("inspect", path), 1, told[what])
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("{tmp}/none", "error: no such model: {tmp}/none. "),
+        ("package:nix", "error: this package is not installed: nix. "),
+    ],
+)
+def test_sites_of_a_model_that_is_nowhere_get_one_line(harvest: Harvest, tmp_path: Path, model: str, told: str) -> None:
+    assert_one_line(harvest("sites", model.format(tmp=tmp_path)), 2, told.format(tmp=tmp_path))
+
+
+def test_a_fault_in_the_models_values_is_one_line_with_exit_code_1(
+    harvest: Harvest, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = work.rows
+    monkeypatch.setattr(work, "rows", lambda *given: {name: x / 0 for name, x in genuine(*given).items()})
+    done = harvest("run", write_config(home, tmp_path))
+    assert done.code == 1
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert errors == done.err.splitlines()[-1:]
+    assert " is not finite: document 'doc " in errors[0]
+    assert "Traceback" not in done.err
+
+
+def test_an_interrupt_ends_with_its_own_code(
+    harvest: Harvest, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "prepare", interrupted)
+    done = harvest("plan", write_config(home, tmp_path))
+    assert done.code == 130
+    assert "Traceback" not in done.err

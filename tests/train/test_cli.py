@@ -1,0 +1,236 @@
+"""`train` on the command line: results on stdout, a user's mistake as one line on stderr, and its exit code."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shared.store import Store
+from tests.build import make_store
+from train import cli, report
+from train.dictionary import Dictionary
+from train.fit import fit
+from train.measure import measure
+from train.method import names
+
+SMALL = [
+    "--steps", "4", "--batch", "16", "--threads", "1", "--latents", "32", "--set", "method.k=3", "--device", "cpu",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+Say = Callable[..., Said]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Say:
+    def said(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return Said(int(caught.value.code or 0), *capsys.readouterr())
+
+    return said
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("cli") / "pair.zarr"
+    return make_store(path, rows=200, shard_rows=256, chunk_rows=16, documents=20)
+
+
+@pytest.fixture(scope="module")
+def run(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    asked = {
+        "wiring": {"kind": "dedicated", "latents": 32}, "method": {"name": "topk", "k": 3}, "steps": 4, "batch": 16,
+        "threads": 1, "device": "cpu",
+    }  # fmt: skip
+    return fit(store, asked, tmp_path_factory.mktemp("runs") / "run", quiet=True).folder
+
+
+def test_run_prints_its_figures_and_where_everything_is(store: Store, say: Say, tmp_path: Path) -> None:
+    out = tmp_path / "here"
+    said = say("run", store.path, "--method", "batch_topk", "--wiring", "dedicated", *SMALL, "--out", out)
+    assert said.code == 0
+    figures = json.loads((out / "measure.json").read_text())
+    assert said.out.startswith(report.text(figures))
+    assert f"store       {store.path}" in said.out
+    assert f"dictionary  {out / 'dictionary'}" in said.out and f"report      {out / 'report.html'}" in said.out
+    assert "training dedicated batch_topk" in said.err and "Traceback" not in said.err
+
+
+def test_run_with_json_prints_one_object_and_nothing_else(store: Store, say: Say, tmp_path: Path) -> None:
+    said = say("run", store.path, "--method", "standard", *SMALL[:8], "--out", tmp_path / "r", "--json")
+    found = json.loads(said.out)
+    assert said.code == 0 and found.pop("folder") == str(tmp_path / "r")
+    assert found == json.loads((tmp_path / "r" / "measure.json").read_text())
+
+
+def test_flags_are_laid_over_settings_and_settings_over_the_file(store: Store, say: Say, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'steps = 2\nbatch = 8\nseed = 7\nthreads = 1\n[wiring]\nkind = "transcoder"\nlatents = 16\n'
+        '[method]\nname = "topk"\nk = 2\n[log]\nevery = 1\n'
+    )
+    said = say(
+        "run", store.path, "--config", file, "--set", "seed=8", "--set", "batch=9", "--seed", "9", "--sources", "b,a",
+        "--out", tmp_path / "r",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    found = Dictionary.load(tmp_path / "r")
+    text = (tmp_path / "r" / "config.toml").read_text()
+    assert "seed = 9" in text and "batch = 9" in text and "steps = 2" in text
+    assert found.wiring.readers == ("b",) and found.method.model_dump()["k"] == 2
+
+
+def test_measure_gives_the_figures_of_the_run(store: Store, say: Say, run: Path) -> None:
+    figures = json.loads((run / "measure.json").read_text())
+    said = say("measure", run)
+    assert (said.code, said.out.strip()) == (0, report.text(figures))
+    for arguments in ([run], [run / "dictionary"], [run, "--store", store.path]):
+        said = say("measure", *arguments, "--json")
+        assert (said.code, json.loads(said.out), said.err) == (0, figures, "")
+    few = json.loads(say("measure", run, "--rows", 5, "--json").out)
+    assert few == measure(Dictionary.load(run), store, 5, quiet=True)
+
+
+def test_a_run_can_be_measured_from_another_folder(
+    store: Store, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(store.path.parent)
+    assert say("run", store.path.name, "--method", "topk", *SMALL, "--out", tmp_path / "r").code == 0
+    monkeypatch.chdir(tmp_path)
+    assert say("measure", "r", "--json").code == 0
+
+
+def test_methods_lists_every_method_with_its_keys(say: Say) -> None:
+    said, listed = say("methods"), json.loads(say("methods", "--json").out)
+    assert said.code == 0 and [line for line in said.out.splitlines() if not line.startswith(" ")] == names()
+    assert sorted(listed) == names()
+    assert listed["topk"]["k"] == "32" and "k=32" in said.out
+
+
+def test_show_says_what_a_dictionary_is(say: Say, run: Path) -> None:
+    said, described = say("show", run), json.loads(say("show", run / "dictionary", "--json").out)
+    assert said.code == 0
+    assert [span["name"] for span in described["spans"]] == ["only_a", "shared", "only_b"]
+    assert described["parameters"] == 32 + 2 * 30 * 6 + 2 * 30 * 4 + 6 + 4
+    assert "span        only_a: 2 latents, a -> a" in said.out
+    assert "span        shared: 28 latents, a + b -> a + b" in said.out
+    assert "source      b: width 4, scale factor " in said.out
+
+
+@pytest.mark.parametrize("command", ["run", "measure", "methods", "show"])
+def test_every_command_has_help_with_an_example(say: Say, command: str) -> None:
+    said = say(command, "--help")
+    assert said.code == 0 and f"Example: train {command}" in said.out
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------
+
+
+def assert_one_line(said: Said, code: int, *parts: str) -> None:
+    assert said.out == "" and said.err.endswith("\n") and said.err.count("\n") == 1, said.err
+    assert said.err.startswith("error: ") and said.code == code
+    for part in parts:
+        assert part in said.err
+
+
+BASE = ["--method", "topk", *SMALL]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        ([*BASE, "--set", "optimiser.lrr=1"], 2, ["unknown key: optimiser.lrr", "optimiser.lr"]),
+        ([*BASE, "--set", "method.kk=1"], 2, ["unknown key: method.kk"]),
+        ([*BASE, "--set", "method.k=33"], 2, ["k is larger than the latents: 33 > 32"]),
+        ([*BASE, "--set", "method.k=three"], 2, ["wrong value for method.k: 'three'"]),
+        ([*BASE, "--set", "method=5"], 2, ["this key is a value and has no keys below it: method.name"]),
+        ([*BASE, "--set", "nonsense"], 2, ["a setting must read KEY=VALUE: nonsense"]),
+        ([*BASE, "--wiring", "autoencoder"], 2, ["autoencoder needs 1 source(s): a, b. Set wiring.sources"]),
+        ([*BASE, "--wiring", "transcoder", "--sources", "a"], 2, ["transcoder needs 2 source(s): a"]),
+        ([*BASE, "--wiring", "sae"], 2, ["wrong value for wiring.kind: 'sae'"]),
+        ([*BASE, "--sources", "a,c"], 1, ["this store has no source: c. It has: a, b"]),
+        ([*BASE, "--method", "top-k"], 2, ["unknown method: top-k. Did you mean topk"]),
+        ([*BASE, "--device", "gpu"], 2, ["this device cannot be used: gpu"]),
+        ([*BASE, "--config", "nowhere.toml"], 2, ["cannot read the config file: nowhere.toml"]),
+        (SMALL, 2, ["missing key: method.name"]),
+        (["--method", "topk", "--latents", "64"], 2, ["missing key: steps"]),
+        (["--method", "topk", "--steps", "4"], 2, ["missing key: wiring"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_call_of_run_is_one_line_and_makes_nothing(
+    store: Store, say: Say, tmp_path: Path, arguments: list[str], code: int, parts: list[str]
+) -> None:
+    assert_one_line(say("run", store.path, *arguments, "--out", tmp_path / "r"), code, *parts)
+    assert not (tmp_path / "r").exists()
+
+
+def test_what_is_no_store_or_not_a_finished_one_is_refused_and_left_alone(
+    store: Store, say: Say, tmp_path: Path
+) -> None:
+    unfinished = tmp_path / "unfinished.zarr"
+    shutil.copytree(store.path, unfinished)
+    (unfinished / "sealed").unlink()
+    (unfinished / "receipts" / "00000.model_b.json").unlink()
+    before = sorted(path.relative_to(unfinished) for path in unfinished.rglob("*"))
+    said = say("run", unfinished, *BASE, "--out", tmp_path / "r")
+    assert_one_line(said, 1, "this store is not finished", "1 of 2 units", "harvest run")
+    assert sorted(path.relative_to(unfinished) for path in unfinished.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "nowhere", tmp_path / "empty", Path(__file__)):
+        assert_one_line(say("run", path, *BASE, "--out", tmp_path / "r"), 1, f"no Granary store here: {path}")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_damaged_store_is_refused_with_the_file(store: Store, say: Say, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.zarr"
+    shutil.copytree(store.path, damaged)
+    (damaged / "activations" / "a" / "c" / "0" / "0").write_bytes(b"short")
+    assert_one_line(say("run", damaged, *BASE, "--out", tmp_path / "r"), 1, "activations/a/c/0/0")
+
+
+def test_the_folder_of_a_run_is_not_run_into_again(store: Store, say: Say, run: Path) -> None:
+    assert_one_line(say("run", store.path, *BASE, "--out", run), 1, "this folder holds a run already", "--out")
+
+
+@pytest.mark.parametrize("command", ["measure", "show"])
+def test_a_folder_without_a_dictionary_is_refused(say: Say, tmp_path: Path, command: str) -> None:
+    assert_one_line(say(command, tmp_path / "nowhere"), 1, "no dictionary here", "nowhere")
+
+
+def test_a_dictionary_that_names_no_store_asks_for_one(say: Say, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "dictionary", tmp_path / "x" / "alone")
+    assert_one_line(say("measure", tmp_path / "x" / "alone"), 1, "does not name its store", "--store")
+
+
+def test_measuring_on_a_store_that_moved_away_or_does_not_fit_is_one_line(say: Say, run: Path, tmp_path: Path) -> None:
+    other = make_store(tmp_path / "o.zarr", rows=60, shard_rows=64, sources={"a": 6, "b": 5}, documents=9)
+    assert_one_line(say("measure", run, "--store", other.path, "--json"), 1, "another width of rows", "b has 5")
+    assert_one_line(say("measure", run, "--store", tmp_path / "gone.zarr"), 1, "no Granary store here")
+
+
+@pytest.mark.parametrize("rows", [0, -3])
+def test_measuring_no_rows_is_a_wrong_call(say: Say, run: Path, rows: int) -> None:
+    said = say("measure", run, f"--rows={rows}")
+    assert said.code == 2 and "--rows" in said.err and "Traceback" not in said.err
+
+
+def test_a_run_that_diverges_ends_with_one_line(store: Store, say: Say, tmp_path: Path) -> None:
+    said = say(
+        "run", store.path, *BASE, "--set", "optimiser.lr=1e30", "--set", "optimiser.warmup=0", "--out", tmp_path / "r"
+    )
+    assert said.code == 1 and "Traceback" not in said.err
+    assert said.err.splitlines()[-1].startswith("error: the loss is not finite")

@@ -1,0 +1,211 @@
+"""A run from store to report: its folder, its sameness, and what it refuses before any work."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shared import config as configs
+from shared.errors import CheckpointError, ConfigError, StoreError, TrainingError, WiringError
+from shared.store import Store
+from tests.build import make_store
+from train import checkpoint, report
+from train.config import TrainConfig
+from train.dictionary import Dictionary
+from train.fit import Run, _finite, fit, prepare
+from train.measure import measure
+
+ASKED: dict[str, Any] = {
+    "wiring": {"kind": "dedicated", "latents": 32, "exclusive": 4}, "method": {"name": "batch_topk", "k": 3},
+    "steps": 12, "batch": 16, "threads": 1, "log": {"every": 5, "checkpoint": 4, "keep": 2}, "device": "cpu",
+    "optimiser": {"lr": 1e-2, "warmup": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("fit") / "pair.zarr"
+    return make_store(path, rows=300, shard_rows=256, chunk_rows=16, factor={"a": 2.0}, documents=20)
+
+
+@pytest.fixture(scope="module")
+def run(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return fit(store, ASKED, tmp_path_factory.mktemp("runs") / "one", quiet=True)
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "dictionary" / "dictionary.safetensors").read_bytes()
+
+
+def test_a_run_folder_holds_all_that_the_docstring_says(run: Run) -> None:
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "checkpoints", "config.toml", "dictionary", "measure.json", "metrics.jsonl", "report.html", "store.json",
+    ]  # fmt: skip
+    assert [path.name for path in checkpoint.steps(run.folder / "checkpoints")] == ["step_00000008", "step_00000012"]
+
+
+def test_the_config_in_the_folder_is_the_whole_one_and_repeats_the_run(run: Run, store: Store, tmp_path: Path) -> None:
+    data = tomllib.loads((run.folder / "config.toml").read_text())
+    assert configs.parse(TrainConfig, data) == configs.parse(TrainConfig, ASKED)
+    assert data["optimiser"]["beta2"] == 0.999 and data["method"]["aux"] == 1 / 32
+    assert weights(fit(store, data, tmp_path / "again", quiet=True).folder) == weights(run.folder)
+
+
+def test_the_store_is_named_by_id_and_by_a_path_that_holds_from_any_folder(run: Run, store: Store) -> None:
+    named = json.loads((run.folder / "store.json").read_text())
+    assert named["id"] == store.header.id and Path(named["path"]).is_absolute()
+    assert Path(named["path"]).samefile(store.path)
+
+
+def test_a_store_given_by_a_relative_path_is_named_absolutely(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(store.path.parent)
+    fit(Store.open(store.path.name), {**ASKED, "steps": 1}, tmp_path / "run", quiet=True)
+    assert Path(json.loads((tmp_path / "run" / "store.json").read_text())["path"]).is_absolute()
+
+
+def test_metrics_are_lines_of_json_at_the_asked_steps_and_the_last(run: Run) -> None:
+    lines = events(run.folder)
+    assert [line["event"] for line in lines] == ["start", "step", "step", "step", "measure"]
+    steps = [line for line in lines if line["event"] == "step"]
+    assert [line["step"] for line in steps] == [5, 10, 12]
+    for line in steps:
+        assert {"loss", "recon", "aux", "gradient", "l0", "dead", "fve/a", "fve/b", "epoch", "rows_s"} <= line.keys()
+        assert all(np.isfinite(value) for key, value in line.items() if key != "event")
+    kept = lines[0]["kept"]
+    assert kept + sum(lines[0]["dropped"].values()) == 300
+    assert steps[-1]["epoch"] == 12 * 16 // kept
+
+
+def test_figures_are_those_of_the_saved_dictionary_on_the_store(run: Run, store: Store) -> None:
+    assert json.loads((run.folder / "measure.json").read_text()) == run.figures
+    assert measure(Dictionary.load(run.folder), store, quiet=True) == run.figures
+    assert events(run.folder)[-1]["figures"] == run.figures
+    assert not run.dictionary.training
+
+
+def test_the_last_checkpoint_holds_the_weights_of_the_dictionary(run: Run, store: Store) -> None:
+    config = configs.parse(TrainConfig, ASKED)
+    identity = {"store": store.header.id, "config": configs.fingerprint(config.model_dump(mode="json"))}
+    trainer = prepare(store, config).trainer
+    checkpoint.load(trainer, run.folder / "checkpoints" / "step_00000012", identity)
+    state = run.dictionary.state_dict()
+    assert trainer.step == 12
+    assert all(torch.equal(value, state[key]) for key, value in trainer.dictionary.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["standard", "topk", "batch_topk"])
+def test_the_same_seed_and_threads_give_the_same_weights_and_another_seed_others(
+    store: Store, tmp_path: Path, method: str
+) -> None:
+    asked = {**ASKED, "method": {"name": method} | ({} if method == "standard" else {"k": 3})}
+    first, again, other = (
+        fit(store, {**asked, "seed": seed}, tmp_path / name / "run", quiet=True)
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    for name in ("config.toml", "measure.json", "store.json", "report.html", "dictionary/config.json"):
+        assert (first.folder / name).read_bytes() == (again.folder / name).read_bytes(), name
+    assert weights(first.folder) == weights(again.folder) != weights(other.folder)
+
+
+def test_the_state_of_the_global_generator_is_no_part_of_a_run(store: Store, run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(12345)
+    np.random.seed(7)
+    before = torch.get_rng_state()
+    again = fit(store, ASKED, tmp_path / "run", quiet=True)
+    assert weights(again.folder) == weights(run.folder) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_how_often_a_run_looks_at_itself_changes_no_bit(store: Store, run: Run, tmp_path: Path) -> None:
+    often = fit(store, {**ASKED, "log": {"every": 1, "checkpoint": 1, "measure_rows": 5}}, tmp_path / "run", quiet=True)
+    assert weights(often.folder) == weights(run.folder)
+
+
+def test_sources_may_be_fewer_than_the_store_has_and_in_another_order(store: Store, tmp_path: Path) -> None:
+    asked = {**ASKED, "wiring": {"kind": "transcoder", "latents": 16, "sources": ["b", "a"]}, "steps": 2}
+    wiring = fit(store, asked, tmp_path / "t", quiet=True).dictionary.wiring
+    assert (wiring.readers, wiring.writers) == (("b",), ("a",))
+    asked = {**ASKED, "wiring": {"kind": "autoencoder", "latents": 16, "sources": ["b"]}, "steps": 2}
+    assert fit(store, asked, tmp_path / "a", quiet=True).dictionary.wiring.widths == {"b": 4}
+
+
+def test_a_run_without_a_folder_gets_a_new_one_below_runs(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [fit(store, {**ASKED, "steps": 1}, quiet=True).folder for _ in range(2)]
+    assert [str(name) for name in names] == ["runs/dedicated-batch_topk-32", "runs/dedicated-batch_topk-32-2"]
+
+
+def test_the_folder_of_a_run_and_a_file_are_refused_and_left_alone(run: Run, store: Store, tmp_path: Path) -> None:
+    before = weights(run.folder)
+    with pytest.raises(CheckpointError, match="this folder holds a run already"):
+        fit(store, {**ASKED, "seed": 5}, run.folder, quiet=True)
+    assert weights(run.folder) == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="this is a file"):
+        fit(store, ASKED, tmp_path / "file", quiet=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "message"),
+    [
+        ({"wiring": {"latents": 16, "sources": ["a", "z"]}}, StoreError, r"this store has no source: z\. It has: a, b"),
+        ({"wiring": {"latents": 16, "sources": ["a", "a"]}}, ConfigError, "a source is named twice: a, a"),
+        ({"wiring": {"latents": 16, "kind": "autoencoder"}}, WiringError, r"autoencoder needs 1 source\(s\): a, b"),
+        ({"wiring": {"latents": 2, "kind": "crosscoder"}}, WiringError, "k is larger than the latents: 3 > 2"),
+        ({"wiring": {"latents": 16, "kind": "dedicated", "exclusive": {"a": 1}}}, WiringError, "names every source"),
+        ({"device": "gpu"}, ConfigError, "this device cannot be used: gpu"),
+        ({"method": {"name": "topk", "kk": 3}}, ConfigError, r"unknown key: method\.kk"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_a_folder_is_made(
+    store: Store, tmp_path: Path, keys: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fit(store, {**ASKED, **keys}, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("log", [{"every": 1}, {"every": 1000, "checkpoint": 4}, {"every": 1000, "checkpoint": 1000}])
+def test_a_loss_that_is_not_finite_ends_the_run_before_its_weights_are_kept(
+    store: Store, tmp_path: Path, log: dict[str, int]
+) -> None:
+    asked = {**ASKED, "optimiser": {"lr": 1e30, "warmup": 0}, "log": log}
+    with pytest.raises(TrainingError, match=r"the loss is not finite: (inf|nan) at step \d+\. Lower optimiser\.lr"):
+        fit(store, asked, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "dictionary").exists() and not (tmp_path / "run" / "report.html").exists()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_gradient_that_is_not_finite_is_as_bad() -> None:
+    with pytest.raises(TrainingError, match="the gradient is not finite: nan at step 3"):
+        _finite({"loss": torch.tensor(1.0), "gradient": torch.tensor(float("nan"))}, 3)
+    assert _finite({"loss": torch.tensor(1.0), "gradient": torch.tensor(0.5)}, 3)["gradient"] == 0.5
+
+
+def test_the_store_is_left_as_it_was(store: Store, run: Run, tmp_path: Path) -> None:
+    def state() -> dict[str, tuple[int, bytes]]:
+        paths = [path for path in store.path.rglob("*") if path.is_file()]
+        return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+    before = state()
+    fit(store, ASKED, tmp_path / "run", quiet=True)
+    assert state() == before
+
+
+def test_the_report_is_made_again_from_the_folder_alone(run: Run) -> None:
+    page = (run.folder / "report.html").read_bytes()
+    (run.folder / "report.html").unlink()
+    report.write(run.folder)
+    assert (run.folder / "report.html").read_bytes() == page

@@ -1,0 +1,176 @@
+"""One update is what the formulas say, in the order that the trainer promises.
+
+Letters: B rows of a batch, L latents.
+"""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import cases
+from tests.train.dense import Dense, kept
+from train.schedule import learning_rate, ramp
+from train.trainer import Trainer
+
+STEPS, BATCH = 6, 32
+every_method = pytest.mark.parametrize("name", ["standard", "topk", "batch_topk"])
+# Each method with what changes over steps: k from 8 to 3, or the weight of the penalty from 0 to 0.3.
+KEYS: dict[str, dict[str, Any]] = {
+    "standard": {"l1": 0.3, "l1_warmup": 4},
+    "topk": {"k": 3, "k_start": 8, "k_anneal": 3, "aux": 0},
+    "batch_topk": {"k": 3, "k_start": 8, "k_anneal": 3, "aux": 0},
+}
+ADAM = {"lr": 1e-2, "warmup": 3, "decay": 0.4, "beta1": 0.8, "beta2": 0.95, "clip": 2.0}
+
+
+def made(case: str, name: str, **keys: Any) -> Trainer:
+    return cases.trainer(
+        case, name, STEPS, **{"method": cases.method(name, **KEYS[name]), "optimiser": ADAM, "batch": BATCH, **keys}
+    )
+
+
+class Reference:
+    """Adam (Kingma and Ba 2015) on the dense formulas, in fp64, with the gradient clipped to a norm."""
+
+    def __init__(self, trainer: Trainer, name: str) -> None:
+        self.name, self.dense = name, Dense.of(trainer.dictionary)
+        self.first = {key: torch.zeros_like(leaf) for key, leaf in self.dense.leaves().items()}
+        self.second = copy.deepcopy(self.first)
+        self.gradients: list[float] = []
+        self.losses: list[float] = []
+
+    def loss(self, x: dict[str, Tensor], step: int) -> Tensor:
+        norm_L = self.dense.norm("sum")
+        f_BL = kept(self.name, self.dense.h(x), norm_L, round(ramp(8, 3, 3)(step)))
+        y = self.dense.y(f_BL)
+        loss = torch.stack([(x[source].double() - y[source]).square().sum(1).mean() for source in y]).sum()
+        return loss + ramp(0, 0.3, 4)(step) * (f_BL * norm_L).sum(1).mean() if self.name == "standard" else loss
+
+    def update(self, x: dict[str, Tensor], step: int) -> None:
+        leaves = self.dense.leaves()
+        loss = self.loss(x, step)
+        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
+        self.losses.append(loss.item())
+        self.gradients.append(norm)
+        rate = learning_rate(1e-2, STEPS, warmup=3, decay=2)(step)
+        for key, leaf in leaves.items():
+            grad = grads[key] * min(1.0, 2.0 / norm)
+            self.first[key] = 0.8 * self.first[key] + 0.2 * grad
+            self.second[key] = 0.95 * self.second[key] + 0.05 * grad**2
+            mean, square = self.first[key] / (1 - 0.8 ** (step + 1)), self.second[key] / (1 - 0.95 ** (step + 1))
+            leaf.data -= rate * mean / (square.sqrt() + 1e-8)
+
+
+@pytest.mark.parametrize("case", ["autoencoder", "transcoder", "dedicated of 3"])
+@every_method
+def test_updates_equal_adam_on_the_formulas_in_fp64(case: str, name: str) -> None:
+    trainer = made(case, name)
+    reference = Reference(trainer, name)
+    for step in range(STEPS):
+        x = cases.random_rows(case, BATCH, seed=step)
+        record = trainer.update(x)
+        reference.update(x, step)
+        assert float(record["loss"]) == pytest.approx(reference.losses[-1], rel=1e-4)
+        assert float(record["gradient"]) == pytest.approx(reference.gradients[-1], rel=1e-3)
+    assert max(reference.gradients) > 2.0  # so that the clip took part
+    for key, parameter in trainer.dictionary.named_parameters():
+        torch.testing.assert_close(
+            parameter.double(), reference.dense.leaves()[key].detach(), rtol=0, atol=2e-4, msg=key
+        )
+
+
+def test_every_step_has_its_own_rate_and_its_own_k() -> None:
+    trainer = made("crosscoder", "topk")
+    rates, ks = [], []
+    for step in range(STEPS):
+        record = trainer.update(cases.random_rows("crosscoder", BATCH, seed=step))
+        rates.append(trainer.optimiser.param_groups[0]["lr"])
+        ks.append(int(trainer.dictionary.activation.get_buffer("k")))
+        assert float(record["l0"]) <= ks[-1]
+    assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2, 1e-2, 0.5e-2])
+    assert ks == [8, 6, 5, 3, 3, 3]
+    assert trainer.step == STEPS
+
+
+def one_alive(dead_rows: int) -> tuple[Trainer, dict[str, Tensor]]:
+    """Latent 0 fires on every row, latent 1 never, latent 2 where a row begins with 1; the rest never."""
+    trainer = cases.trainer("autoencoder", "standard", dead_rows=dead_rows, optimiser={"lr": 1e-12})
+    with torch.no_grad():
+        trainer.dictionary.encoder["a"].zero_()
+        trainer.dictionary.encoder["a"][2, 0] = 2.0
+        trainer.dictionary.activation.bias_L.fill_(-1.0)
+        trainer.dictionary.activation.bias_L[0] = 1.0
+    quiet = {"a": torch.zeros(8, 20)}
+    return trainer, quiet
+
+
+def test_idle_counts_are_rows_since_a_latent_last_fired() -> None:
+    trainer, quiet = one_alive(1000)
+    loud = {"a": torch.zeros(8, 20)}
+    loud["a"][3, 0] = 1.0
+    counts = []
+    for x in (quiet, quiet, loud, quiet):
+        trainer.update(x)
+        counts.append(trainer.idle_L[:3].tolist())
+    assert counts == [[0, 8, 8], [0, 16, 16], [0, 24, 0], [0, 32, 8]]
+
+
+def test_the_dead_share_is_that_which_the_update_itself_saw() -> None:
+    trainer, quiet = one_alive(16)
+    shares = [float(trainer.update(quiet)["dead"]) for _ in range(4)]
+    assert shares == [0, 0, pytest.approx(47 / 48), pytest.approx(47 / 48)]
+    assert int(trainer.dead_L.sum()) == 47
+
+
+def test_dead_latents_come_back_to_life_through_auxk() -> None:
+    def alive(aux: float) -> int:
+        keys = {"k": 2, "aux": aux, "k_aux": 16}
+        trainer = cases.trainer("autoencoder", "topk", 300, method=cases.method("topk", **keys), dead_rows=500)
+        planted = cases.planted("autoencoder")
+        with torch.no_grad():
+            trainer.dictionary.activation.bias_L[8:] = -2.0
+        for step in range(300):
+            trainer.update(planted.rows(128, step))
+        return int((trainer.idle_L < 500).sum())
+
+    assert alive(1 / 32) >= alive(0) + 5
+
+
+@every_method
+def test_the_record_of_an_update_is_scalars_without_a_graph(name: str) -> None:
+    record = made("dedicated", name).update(cases.random_rows("dedicated", BATCH))
+    assert {"loss", "recon", "gradient", "l0", "dead", "fve/a", "fve/b"} <= record.keys()
+    assert all(value.ndim == 0 and not value.requires_grad and math.isfinite(value) for value in record.values())
+
+
+def test_the_logged_fve_and_l0_are_those_of_the_batch_before_the_update() -> None:
+    trainer = made("crosscoder", "standard")
+    x = cases.random_rows("crosscoder", BATCH)
+    with torch.no_grad():
+        out = trainer.dictionary(x)
+    record = trainer.update(x)
+    for source in ("a", "b"):
+        error = (out.target[source] - out.y[source]).double().square().sum()
+        spread = (x[source].double() - x[source].double().mean(0)).square().sum()
+        assert float(record[f"fve/{source}"]) == pytest.approx(float(1 - error / spread), rel=1e-5)
+    assert float(record["l0"]) == pytest.approx(float((out.code.dense() > 0).sum()) / BATCH)
+
+
+@every_method
+def test_a_state_that_is_put_into_a_fresh_trainer_goes_on_to_the_bit(name: str) -> None:
+    trainer, other = made("dedicated", name), made("dedicated", name, wiring={"latents": 48, "decoder_norm": 2.0})
+    rows = [cases.random_rows("dedicated", BATCH, seed=step) for step in range(STEPS)]
+    for x in rows[:3]:
+        trainer.update(x)
+    other.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    for x in rows[3:]:
+        expected, found = trainer.update(x), other.update(x)
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert other.step == STEPS and torch.equal(other.idle_L, trainer.idle_L)
+    for key, value in trainer.dictionary.state_dict().items():
+        assert torch.equal(other.dictionary.state_dict()[key], value)
