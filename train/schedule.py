@@ -33,7 +33,7 @@ def learning_rate(peak: float, steps: int, warmup: int, decay: int) -> Schedule:
 
     The last step, number steps - 1, still has peak / decay. A longer warm-up than steps - decay shortens the decay.
     """
-    points: list[tuple[float, float]] = [(-1, 0.0), (warmup - 1, peak)] if warmup > 0 else [(0, peak)]
-    if decay > 0 and points[-1][0] + 1 < steps:
-        points += [(max(steps - decay, points[-1][0] + 1), peak), (steps, 0.0)]
-    return Schedule(tuple(points))
+    points: list[tuple[float, float]] = [(-1, 0.0), (warmup - 1, peak)] if warmup > 0 else []
+    if decay > 0 and warmup < steps:
+        points += [(max(steps - decay, warmup), peak), (steps, 0.0)]
+    return Schedule(tuple(points or [(0, peak)]))
