@@ -21,6 +21,7 @@ from harvest.config import HarvestConfig
 from harvest.forward import Batch, Batches, rows
 from harvest.segments import Speller
 from shared import files, hooks, models
+from shared.device import device_of
 from shared.errors import ActivationError, ModelError, StoreError
 from shared.log import Log, bar
 from shared.moments import CLASSES, Moments, class_of
@@ -154,7 +155,7 @@ def run(job: Job, log: Log) -> Store:
         log.event("done", f"{store.path} is already finished: nothing to do")
         return store
     files.sweep(store.path)
-    device = pick_device(job.config.device)
+    device = str(device_of(job.config.device))
     if job.config.threads:
         torch.set_num_threads(job.config.threads)
     loaded: tuple[str, nn.Module] | None = None
@@ -183,10 +184,6 @@ def _load(job: Job, name: str, device: str, log: Log) -> nn.Module:
     model = job.models[name]
     log.event("load", f"loading {name} ({model.dtype}, {model.attention} attention, {device})")
     return models.load(job.checkpoints[name], model.dtype, model.attention, device)
-
-
-def pick_device(asked: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
 def _sites(store: Store, model: str) -> dict[str, str]:

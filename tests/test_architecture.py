@@ -23,6 +23,7 @@ MODULES: dict[str, dict[str, str]] = {
     "shared": {
         "errors": "what a user can be told: one line of what, the value and the way out, and an exit code",
         "config": "frozen configs: TOML, --set, unknown keys with the nearest known one, canonical JSON, fingerprint",
+        "device": "the device that a user names",
         "files": "files that are whole or absent, free space, the user's cache folder",
         "source": "Model and Source: what a row comes from",
         "moments": "exact, mergeable count, mean, spread, maximum and norms, per class of row",

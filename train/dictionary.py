@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shared import files
-from shared.errors import CheckpointError, ConfigError
+from shared.device import device_of
+from shared.errors import CheckpointError
 from train import method as methods
 from train.code import Activation, DenseCode, Forward, Ports, Pre
 from train.scale import Scale
@@ -208,19 +209,6 @@ def create(
     """A dictionary of zeros and the terms of its method's loss."""
     built = config.build(wiring, steps)
     return Dictionary(wiring, config, built.activation, scale, norm), built.terms
-
-
-def device_of(name: str) -> torch.device:
-    """A device by its name; auto is cuda where there is one. Raises ConfigError where it cannot be used."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for this kind of device
-        raise ConfigError("this device cannot be used", name, f"Use cpu, cuda or auto ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def default_decoder_norm(wiring: Wiring) -> float:

@@ -12,6 +12,7 @@ import torch
 
 from shared import config as configs
 from shared import files
+from shared.device import device_of
 from shared.errors import CheckpointError, ConfigError, TrainingError
 from shared.log import Log, bar
 from shared.store import Store
@@ -78,7 +79,7 @@ def prepare(store: Store, config: TrainConfig) -> Made:
         raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
     wires = wiring.build(config.wiring.kind, widths, config.wiring.latents, config.wiring.exclusive)
     config.method.build(wires, config.steps)  # refuses before the store is read, as does the next line
-    device = dictionary.device_of(config.device)
+    device = device_of(config.device)
     kept = kept_rows(store, sources)
     order = Order(kept.kept_N, _block_rows(store, widths), default_window_blocks(config.batch), config.seed)
     scaled = scale.fit(store, sources, order, config.scale.kind, config.scale.centre)
