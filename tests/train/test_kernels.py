@@ -85,7 +85,7 @@ def test_entries_stand_in_order_of_rows_then_latents_and_know_where_both_start(
 ) -> None:
     score_BL = matrix(rows, latents, seed)
     for entries in (
-        top_per_row(score_BL, 1),
+        top_per_row(score_BL, min(3, latents)),
         top_of_batch(score_BL, max(1, rows * latents // 2)),
         above(score_BL, 0.5),
     ):
