@@ -156,4 +156,4 @@ def test_terms_of_a_hand_made_batch() -> None:
     x_BD[0, 0] = 2.0
     out, now = made({"a": x_BD}), Now(0, torch.zeros(made.latents, dtype=torch.bool))
     assert Reconstruction("recon", constant(1))(made, out, now).item() == 0.125  # (0.5^2 + 0) / 2
-    assert float(L1("l1", constant(1))(made, out, now)) == 0.75  # 3 x 0.5 / 2
+    assert L1("l1", constant(1))(made, out, now).item() == 0.75  # 3 x 0.5 / 2
