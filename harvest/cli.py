@@ -11,6 +11,7 @@ from harvest import inspect as view
 from harvest import plan as planning
 from harvest import work
 from harvest.config import HarvestConfig
+from harvest.job import prepare
 from shared import config, files, hooks, models
 from shared.errors import ConfigError, ModelError, one_line
 from shared.log import Log
@@ -46,7 +47,7 @@ def run(
     """
     asked = _config(config_file, settings, store, device, threads)
     with Log() as log:
-        made = work.run(work.prepare(asked, log), log)
+        made = work.run(prepare(asked, log), log)
     _print({"store": str(made.path), "id": made.header.id, **_summary(made)}, as_json)
 
 
@@ -58,7 +59,7 @@ def plan(config_file: ConfigFile, settings: Settings = None, store: StorePath = 
     """
     asked = _config(config_file, settings, store, None, None)
     with Log() as log:
-        job = work.prepare(asked, log)
+        job = prepare(asked, log)
         made = job.make_plan(log)
     header = job.header(made)
     sizes = planning.stored_bytes(made.summary, made.tables, list(job.sources.values()))

@@ -7,128 +7,22 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harvest import corpus, plan
+from harvest import plan
 from harvest.cast import calibrated, cast
-from harvest.config import HarvestConfig
 from harvest.forward import Batch, Batches, rows
-from harvest.segments import Speller
+from harvest.job import Job
 from shared import files, hooks, models
 from shared.device import device_of
-from shared.errors import ActivationError, ModelError, StoreError
+from shared.errors import ActivationError, StoreError
 from shared.log import Log, bar
 from shared.moments import CLASSES, Moments, class_of
-from shared.source import Model, Source
 from shared.store import FIRST, HELD_OUT, MASKED, SINK, SPECIAL, Header, Part, Store
-
-SCALE_RULE = "power of two, fourfold headroom; sink at 10 x the median norm"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A harvest with its models found, its corpus read and its id known, before anything is planned or spent."""
-
-    config: HarvestConfig
-    checkpoints: dict[str, models.Checkpoint]
-    spellers: dict[str, Speller]
-    models: dict[str, Model]
-    sources: dict[str, Source]
-    documents: list[corpus.Document]
-    spec: dict[str, Any]
-    align: str
-
-    @property
-    def path(self) -> Path:
-        return Path(self.config.store.path)
-
-    def make_plan(self, log: Log) -> plan.Plan:
-        with bar("planning", "documents", len(self.documents)) as progress:
-
-            def counted() -> Iterator[corpus.Document]:
-                for document in plan.shuffled(self.documents, self.config.rows.seed):
-                    yield document
-                    progress.update()
-
-            limits = dict.fromkeys(self.models, self.config.rows.context)
-            return plan.build(counted(), self.spellers, list(self.sources.values()), limits, self.config, self.align)
-
-    def header(self, made: plan.Plan) -> Header:
-        return Header(self.spec, self.models, self.sources, made.summary)
-
-
-def prepare(config: HarvestConfig, log: Log) -> Job:
-    """Find the models, check sites and context, read the corpus, and compute the store's spec."""
-
-    def say(text: str) -> None:
-        log.event("prepare", text)
-
-    checkpoints = {name: models.resolve(m.path, m.revision, say) for name, m in config.models.items()}
-    found_models: dict[str, Model] = {}
-    sources: dict[str, Source] = {}
-    tokenizers = {name: models.load_tokenizer(checkpoint) for name, checkpoint in checkpoints.items()}
-    for name, checkpoint in checkpoints.items():
-        asked = config.models[name]
-        _check_context(checkpoint, config.rows.context)
-        skeleton = models.skeleton(checkpoint)
-        sites = asked.source_names(name)
-        width = hooks.widths(skeleton, list(sites.values()))
-        sources |= {source: Source(source, name, site, width[site]) for source, site in sites.items()}
-        found_models[name] = Model(
-            name, asked.path, checkpoint.weights_fingerprint(), models.tokenizer_fingerprint(tokenizers[name]),
-            checkpoint.dtype() if asked.dtype == "auto" else asked.dtype, models.attention(checkpoint, asked.attention),
-        )  # fmt: skip
-    align = _alignment(config, found_models)
-    if align == "offsets":
-        _require_fast(tokenizers)
-    spellers = {name: Speller(tokenizer, config.rows.bos, name) for name, tokenizer in tokenizers.items()}
-    documents, text = corpus.load(config.corpus)
-    spec = _spec(config, found_models, sources, text, align)
-    return Job(config, checkpoints, spellers, found_models, sources, documents, spec, align)
-
-
-def _spec(
-    config: HarvestConfig, found: Mapping[str, Model], sources: Mapping[str, Source], text: str, align: str
-) -> dict[str, Any]:
-    """Everything that decides a value, and nothing else."""
-    return {
-        "format": 1,
-        "models": {name: model.identity() for name, model in found.items()},
-        "sources": {name: {"model": source.model, "site": source.site} for name, source in sources.items()},
-        "corpus": text,
-        "rows": {**config.rows.model_dump(), "align": align},
-        "batch": config.batch.model_dump(),
-        "store": config.store.model_dump(exclude={"path"}),
-        "scale": SCALE_RULE,
-    }
-
-
-def _check_context(checkpoint: models.Checkpoint, context: int) -> None:
-    limit = checkpoint.context()
-    if limit is not None and context > limit:
-        way_out = f"Set rows.context to {limit} or less"
-        raise ModelError(
-            "rows.context is longer than the model's", f"{context} > {limit} of {checkpoint.path}", way_out
-        )
-
-
-def _alignment(config: HarvestConfig, found: Mapping[str, Model]) -> str:
-    if config.rows.align != "auto":
-        return config.rows.align
-    return "identical" if len({model.tokenizer for model in found.values()}) == 1 else "offsets"
-
-
-def _require_fast(tokenizers: Mapping[str, models.Tokenizer]) -> None:
-    for name, tokenizer in tokenizers.items():
-        if not tokenizer.is_fast:
-            way_out = "Save a tokenizer.json with the model, or set rows.align to identical"
-            raise ModelError('rows.align "offsets" needs fast tokenizers, and this model has a slow one', name, way_out)
 
 
 def open_store(job: Job, log: Log) -> Store:
@@ -158,32 +52,39 @@ def run(job: Job, log: Log) -> Store:
     device = str(device_of(job.config.device))
     if job.config.threads:
         torch.set_num_threads(job.config.threads)
-    loaded: tuple[str, nn.Module] | None = None
+    loaded = Loaded(job, device, log)
     if store.header.scale is None:
         scale: dict[str, dict[str, float]] = {}
         for name in store.header.models:
-            loaded = None  # one model in memory at a time
-            loaded = (name, _load(job, name, device, log))
-            scale |= calibrate(job, store, name, loaded[1], device)
+            scale |= calibrate(job, store, name, loaded.model(name), device, log)
         store = store.freeze(scale)
         factors = ", ".join(f"{name} {values['factor']:g}" for name, values in scale.items())
         log.event("scale", f"scale factors: {factors}", scale=scale)
     todo = {name: [shard for shard, model in store.missing() if model == name] for name in store.header.models}
-    for name in sorted(todo, key=lambda name: loaded is None or name != loaded[0]):
+    for name in sorted(todo, key=lambda name: name != loaded.name):  # the one in memory first
         if todo[name]:
-            if loaded is None or loaded[0] != name:
-                loaded = None
-                loaded = (name, _load(job, name, device, log))
-            _make_units(job, store, name, loaded[1], device, todo[name], log)
+            _make_units(job, store, name, loaded.model(name), device, todo[name], log)
     store.seal()
     log.event("done", f"finished {store.path}")
     return store
 
 
-def _load(job: Job, name: str, device: str, log: Log) -> nn.Module:
-    model = job.models[name]
-    log.event("load", f"loading {name} ({model.dtype}, {model.attention} attention, {device})")
-    return models.load(job.checkpoints[name], model.dtype, model.attention, device)
+class Loaded:
+    """One model in memory at a time."""
+
+    def __init__(self, job: Job, device: str, log: Log) -> None:
+        self._job, self._device, self._log = job, device, log
+        self.name: str | None = None
+        self._model: nn.Module | None = None
+
+    def model(self, name: str) -> nn.Module:
+        if self._model is None or name != self.name:
+            self._model = None  # before the next one is read
+            model = self._job.models[name]
+            self._log.event("load", f"loading {name} ({model.dtype}, {model.attention} attention, {self._device})")
+            self._model = models.load(self._job.checkpoints[name], model.dtype, model.attention, self._device)
+            self.name = name
+        return self._model
 
 
 def _sites(store: Store, model: str) -> dict[str, str]:
@@ -198,7 +99,9 @@ def capturing(store: Store, name: str, model: nn.Module) -> Iterator[hooks.Run]:
         yield captured
 
 
-def calibrate(job: Job, store: Store, name: str, model: nn.Module, device: str) -> dict[str, dict[str, float]]:
+def calibrate(
+    job: Job, store: Store, name: str, model: nn.Module, device: str, log: Log
+) -> dict[str, dict[str, float]]:
     """Check the hooks against the model's own hidden states, and choose the scale of each of its sources."""
     batches = list(Batches(store, name).spread(job.config.batch.calibration))
     sites = _sites(store, name)
@@ -206,12 +109,16 @@ def calibrate(job: Job, store: Store, name: str, model: nn.Module, device: str) 
     hooks.self_check(model, list(sites), first.ids_BT[:2].to(device), first.mask_BT[:2].to(device))
     norms: dict[str, list[Tensor]] = {source: [] for source in sites.values()}
     largest = dict.fromkeys(sites.values(), 0.0)
-    with capturing(store, name, model) as captured:
+    with (
+        capturing(store, name, model) as captured,
+        bar(f"{name}: scale", "batches", len(batches), quiet=log.quiet) as progress,
+    ):
         for batch in batches:
             for source, x_ND in rows(captured, batch, sites, device).items():
                 one = cast(x_ND, 1.0, math.inf)
                 norms[source].append(one.norms_N.cpu())
                 largest[source] = max(largest[source], float(one.x_ND.abs().max()))
+            progress.update()
     return {source: calibrated(norms[source], largest[source]) for source in norms}
 
 
@@ -227,11 +134,11 @@ def _make_units(job: Job, store: Store, name: str, model: nn.Module, device: str
     with (
         ThreadPoolExecutor(1, "put") as writer,
         capturing(store, name, model) as captured,
-        bar(name, "rows", total) as b,
+        bar(name, "rows", total, quiet=log.quiet) as progress,
     ):
         maker = UnitMaker(job, store, name, captured, device)
         for shard in shards:
-            parts = maker.make(shard, b.update)
+            parts = maker.make(shard, progress.update)
             if waiting is not None:
                 _report(waiting.result(), log)
             waiting = writer.submit(store.put, shard, name, parts, made_with)

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,23 +48,19 @@ class Log:
         self.close()
 
 
-def progress(items: Iterable[T], what: str, unit: str, total: int | None = None, quiet: bool = False) -> Iterator[T]:
-    """`items` with a bar (rate and time left) on a terminal, and a line every 10 s elsewhere."""
-    yield from items if quiet else bar(what, unit, total, items)
-
-
-def bar(what: str, unit: str, total: int | None = None, items: Iterable[T] | None = None) -> "tqdm[T]":
-    """A tqdm bar in the project's style; off a terminal it prints at most one line per 10 s."""
+def bar(what: str, unit: str, total: int, items: Iterable[T] | None = None, quiet: bool = False) -> "tqdm[T]":
+    """A bar over `items`, or one to update by hand: rate and time left; off a terminal at most one line per 10 s."""
     live = sys.stderr.isatty()
     return tqdm(
         items,
         total=total,
         desc=what,
         unit=f" {unit}",
-        unit_scale=total is not None and total > 10_000,
+        unit_scale=total > 10_000,
         dynamic_ncols=live,
         mininterval=0.2 if live else 10.0,
         file=sys.stderr if live else _Lines(),
+        disable=quiet,
     )
 
 

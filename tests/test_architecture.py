@@ -40,6 +40,7 @@ MODULES: dict[str, dict[str, str]] = {
         "plan": "pure: documents -> rows, shards, batches and bytes, fixed before any model runs",
         "forward": "the planned batches -> rows per source",
         "cast": "fp16 with a guard: a power-of-two scale, and counts of what it cannot hold",
+        "job": "a harvest before it is planned: models found, corpus read, id computed",
         "work": "the effect: a plan -> a finished store, one unit after another",
         "inspect": "rows side by side, for people",
         "cli": "harvest run | plan | sites | inspect",

@@ -1,6 +1,5 @@
 """A run: one loader feeds the trainer; when to log, to checkpoint and to measure is decided here."""
 
-import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -131,7 +130,7 @@ def _train(store: Store, made: Made, path: Path, log: Log) -> None:
     started = time.monotonic()
     with (
         Loader(store, made.sources, made.order, config.batch, steps, device) as loader,
-        contextlib.closing(_Console(config, log)) as console,
+        bar("training", "steps", config.steps, quiet=log.quiet) as progress,
     ):
         for rows in loader:
             record = trainer.update(rows.x)
@@ -143,8 +142,8 @@ def _train(store: Store, made: Made, path: Path, log: Log) -> None:
                 log.event(
                     "step", step=trainer.step, epoch=made.order.epoch(trainer.step * config.batch), **values, **speed
                 )
-                console.show(values)
-            console.tick()
+                progress.set_postfix(_shown(values), refresh=False)
+            progress.update()
             if saves:
                 checkpoint.save(trainer, path / "checkpoints", identity, config.log.keep)
 
@@ -158,22 +157,7 @@ def _finite(record: Mapping[str, torch.Tensor], step: int) -> dict[str, float]:
     return values
 
 
-class _Console:
-    """The bar of a run with its latest figures behind it."""
-
-    def __init__(self, config: TrainConfig, log: Log) -> None:
-        self._bar: Any = None if log.quiet else bar("training", "steps", config.steps)
-
-    def show(self, values: Mapping[str, float]) -> None:
-        if self._bar is not None:
-            shown = {"loss": f"{values['loss']:.4g}", "l0": f"{values['l0']:.1f}", "dead": f"{values['dead']:.1%}"}
-            fve = {name: f"{value:.3f}" for name, value in values.items() if name.startswith("fve/")}
-            self._bar.set_postfix(shown | fve, refresh=False)
-
-    def tick(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+def _shown(values: Mapping[str, float]) -> dict[str, str]:
+    """The latest figures behind the bar."""
+    shown = {"loss": f"{values['loss']:.4g}", "l0": f"{values['l0']:.1f}", "dead": f"{values['dead']:.1%}"}
+    return shown | {name: f"{value:.3f}" for name, value in values.items() if name.startswith("fve/")}

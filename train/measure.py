@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import StoreError
-from shared.log import progress
+from shared.log import bar
 from shared.store import HELD_OUT, TRAIN, Store
 from train.dictionary import Dictionary, relative_norms
 from train.order import Order
@@ -166,9 +166,8 @@ def measure(dictionary: Dictionary, store: Store, most: int = 131_072, quiet: bo
         for split, what in ((HELD_OUT, "measuring, held out"), (TRAIN, "measuring, training")):
             rows = _sample(store, dictionary, split, most)
             one = Measure(dictionary)
-            for x in progress(
-                _batches(store, dictionary, rows, device), what, "batches", -(-len(rows) // BATCH), quiet
-            ):
+            batches = _batches(store, dictionary, rows, device)
+            for x in bar(what, "batches", -(-len(rows) // BATCH), batches, quiet):
                 one.add(x)
             measures.append(one)
         held_out, training = measures

@@ -16,6 +16,7 @@ import torch
 
 from harvest import cli, work
 from harvest.inspect import table
+from harvest.job import prepare
 from shared import files, models
 from shared.store import Store
 from tests.harvest.test_work import config, tree
@@ -198,7 +199,7 @@ def shown(home: Path, folder: Path, text: str, names: tuple[str, ...]) -> list[t
     asked = config(home, folder / "x.zarr", corpus={"path": str(folder / "text.txt"), "id": None})
     asked = asked.model_copy(update={"models": {name: asked.models[name] for name in names}})
     log = work.Log(quiet=True)
-    store = work.run(work.prepare(asked, log), log)
+    store = work.run(prepare(asked, log), log)
     tokenizers = {name: models.load_tokenizer(models.resolve(str(home / name))) for name in names}
     records = table(store, range(store.rows), tokenizers)
     return [tuple(ast.literal_eval(record[name]) for name in names) for record in records]
@@ -429,7 +430,7 @@ def test_an_interrupt_ends_with_its_own_code(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(work, "prepare", interrupted)
+    monkeypatch.setattr(cli, "prepare", interrupted)
     done = harvest("plan", write_config(home, tmp_path))
     assert done.code == 130
     assert "Traceback" not in done.err

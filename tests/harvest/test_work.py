@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harvest import work
+from harvest import plan, work
 from harvest.config import HarvestConfig
 from harvest.forward import Batch
+from harvest.job import prepare
 from shared import files, models
 from shared.errors import ActivationError, ModelError, SiteError, SpaceError, StoreError, StoreMismatchError
 from shared.log import Log
@@ -82,7 +83,7 @@ def one(home: Path, path: Path, sites: list[str], **tables: Any) -> HarvestConfi
 
 def harvest(settings: HarvestConfig) -> Store:
     log = Log(quiet=True)
-    return work.run(work.prepare(settings, log), log)
+    return work.run(prepare(settings, log), log)
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +342,7 @@ def test_a_unit_that_is_made_again_on_its_own_has_the_same_bytes(home: Path, pai
 
 def test_a_finished_store_is_returned_at_once(home: Path, pair: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load", None)
-    monkeypatch.setattr(work.plan, "build", None)
+    monkeypatch.setattr(plan, "build", None)
     before = tree(pair.path)
     assert harvest(config(home, pair.path)).header == pair.header
     assert tree(pair.path) == before
@@ -449,7 +450,7 @@ def test_what_passes_the_headroom_is_clipped_flagged_and_counted(
     inject(monkeypatch, "early", 123, -7e5, after_calibration)
     said = tmp_path / "log.jsonl"
     with Log(said, quiet=True) as log:
-        store = work.run(work.prepare(config(home, tmp_path / "x.zarr"), log), log)
+        store = work.run(prepare(config(home, tmp_path / "x.zarr"), log), log)
     assert store.factor("early") == 1.0
     assert store.fault_counts("early") == {"clipped": 1, "masked": 0, "sink": 1}
     assert store.column("faults/early")[123] == CLIPPED | SINK
@@ -533,9 +534,9 @@ def test_too_little_space_for_the_rest_is_refused_before_any_forward_pass(
 def test_the_space_that_is_asked_for_is_what_the_store_takes(
     home: Path, pair: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = work.prepare(config(home, pair.path), Log(quiet=True))
+    job = prepare(config(home, pair.path), Log(quiet=True))
     made = job.make_plan(Log(quiet=True))
-    asked = sum(work.plan.stored_bytes(made.summary, made.tables, list(job.sources.values())).values())
+    asked = sum(plan.stored_bytes(made.summary, made.tables, list(job.sources.values())).values())
     data = sum(len(content) for name, content in tree(pair.path).items() if "/c/" in name)
     assert asked == pytest.approx(data, rel=0.05)
 
@@ -558,13 +559,13 @@ def test_a_path_that_is_in_use_is_refused_and_left_alone(
 
 def test_a_context_longer_than_the_models_is_refused(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"rows.context is longer than the model's: 65 > 64 of .*llama. Set rows.cont"):
-        work.prepare(config(home, tmp_path / "x.zarr", rows={"context": 65}), Log(quiet=True))
-    work.prepare(config(home, tmp_path / "x.zarr", rows={"context": 64}), Log(quiet=True))
+        prepare(config(home, tmp_path / "x.zarr", rows={"context": 65}), Log(quiet=True))
+    prepare(config(home, tmp_path / "x.zarr", rows={"context": 64}), Log(quiet=True))
 
 
 def test_a_site_that_the_model_has_not_is_refused_with_the_nearest(home: Path, tmp_path: Path) -> None:
     with pytest.raises(SiteError, match=r"the model has no site: resid.7. Its 3 blocks are resid.0 to resid.2"):
-        work.prepare(one(home, tmp_path / "x.zarr", ["resid.7"]), Log(quiet=True))
+        prepare(one(home, tmp_path / "x.zarr", ["resid.7"]), Log(quiet=True))
 
 
 def test_pairs_need_fast_tokenizers_and_a_model_on_its_own_does_not(home: Path, tmp_path: Path) -> None:
@@ -574,7 +575,7 @@ def test_pairs_need_fast_tokenizers_and_a_model_on_its_own_does_not(home: Path, 
     asked = {"slow": {"path": str(slow), "sites": ["resid.1"]}}
     with_fast = {**asked, "llama": {"path": str(home / "llama"), "sites": ["resid.1"]}}
     with pytest.raises(ModelError, match=r'"offsets" needs fast tokenizers, and this model has a slow one: slow. Save'):
-        work.prepare(config(home, tmp_path / "x.zarr", models=with_fast), Log(quiet=True))
+        prepare(config(home, tmp_path / "x.zarr", models=with_fast), Log(quiet=True))
     store = harvest(config(home, tmp_path / "y.zarr", models=asked, rows={"count": 40}))
     assert store.header.plan["alignment"] == "identical"
     assert set(store.column("tokens/slow/end").tolist()) == {-1}

@@ -1,0 +1,117 @@
+"""What a harvest will do, known before anything is planned or spent: models found, corpus read, id computed."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harvest import corpus, plan
+from harvest.config import HarvestConfig
+from harvest.segments import Speller
+from shared import hooks, models
+from shared.errors import ModelError
+from shared.log import Log, bar
+from shared.source import Model, Source
+from shared.store import Header
+
+SCALE_RULE = "power of two, fourfold headroom; sink at 10 x the median norm"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A harvest, ready to be planned. `spec` is what the store's id is made of."""
+
+    config: HarvestConfig
+    checkpoints: dict[str, models.Checkpoint]
+    spellers: dict[str, Speller]
+    models: dict[str, Model]
+    sources: dict[str, Source]
+    documents: list[corpus.Document]
+    spec: dict[str, Any]
+    align: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.store.path)
+
+    def make_plan(self, log: Log) -> plan.Plan:
+        with bar("planning", "documents", len(self.documents), quiet=log.quiet) as progress:
+
+            def counted() -> Iterator[corpus.Document]:
+                for document in plan.shuffled(self.documents, self.config.rows.seed):
+                    yield document
+                    progress.update()
+
+            limits = dict.fromkeys(self.models, self.config.rows.context)
+            return plan.build(counted(), self.spellers, list(self.sources.values()), limits, self.config, self.align)
+
+    def header(self, made: plan.Plan) -> Header:
+        return Header(self.spec, self.models, self.sources, made.summary)
+
+
+def prepare(config: HarvestConfig, log: Log) -> Job:
+    """Find the models, check sites and context, read the corpus, and compute the store's spec."""
+
+    def say(text: str) -> None:
+        log.event("prepare", text)
+
+    checkpoints = {name: models.resolve(m.path, m.revision, say) for name, m in config.models.items()}
+    found_models: dict[str, Model] = {}
+    sources: dict[str, Source] = {}
+    tokenizers = {name: models.load_tokenizer(checkpoint) for name, checkpoint in checkpoints.items()}
+    for name, checkpoint in checkpoints.items():
+        asked = config.models[name]
+        _check_context(checkpoint, config.rows.context)
+        skeleton = models.skeleton(checkpoint)
+        sites = asked.source_names(name)
+        width = hooks.widths(skeleton, list(sites.values()))
+        sources |= {source: Source(source, name, site, width[site]) for source, site in sites.items()}
+        found_models[name] = Model(
+            name, asked.path, checkpoint.weights_fingerprint(), models.tokenizer_fingerprint(tokenizers[name]),
+            checkpoint.dtype() if asked.dtype == "auto" else asked.dtype, models.attention(checkpoint, asked.attention),
+        )  # fmt: skip
+    align = _alignment(config, found_models)
+    if align == "offsets":
+        _require_fast(tokenizers)
+    spellers = {name: Speller(tokenizer, config.rows.bos, name) for name, tokenizer in tokenizers.items()}
+    documents, text = corpus.load(config.corpus)
+    spec = _spec(config, found_models, sources, text, align)
+    return Job(config, checkpoints, spellers, found_models, sources, documents, spec, align)
+
+
+def _spec(
+    config: HarvestConfig, found: Mapping[str, Model], sources: Mapping[str, Source], text: str, align: str
+) -> dict[str, Any]:
+    """Everything that decides a value, and nothing else."""
+    return {
+        "format": 1,
+        "models": {name: model.identity() for name, model in found.items()},
+        "sources": {name: {"model": source.model, "site": source.site} for name, source in sources.items()},
+        "corpus": text,
+        "rows": {**config.rows.model_dump(), "align": align},
+        "batch": config.batch.model_dump(),
+        "store": config.store.model_dump(exclude={"path"}),
+        "scale": SCALE_RULE,
+    }
+
+
+def _check_context(checkpoint: models.Checkpoint, context: int) -> None:
+    limit = checkpoint.context()
+    if limit is not None and context > limit:
+        way_out = f"Set rows.context to {limit} or less"
+        raise ModelError(
+            "rows.context is longer than the model's", f"{context} > {limit} of {checkpoint.path}", way_out
+        )
+
+
+def _alignment(config: HarvestConfig, found: Mapping[str, Model]) -> str:
+    if config.rows.align != "auto":
+        return config.rows.align
+    return "identical" if len({model.tokenizer for model in found.values()}) == 1 else "offsets"
+
+
+def _require_fast(tokenizers: Mapping[str, models.Tokenizer]) -> None:
+    for name, tokenizer in tokenizers.items():
+        if not tokenizer.is_fast:
+            way_out = "Save a tokenizer.json with the model, or set rows.align to identical"
+            raise ModelError('rows.align "offsets" needs fast tokenizers, and this model has a slow one', name, way_out)
