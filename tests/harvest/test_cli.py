@@ -12,15 +12,12 @@ from typing import Any
 
 import pytest
 import tomli_w
-import torch
 
 from harvest import cli, work
-from harvest.inspect import table
-from harvest.job import prepare
 from shared import files, models
 from shared.store import Store
-from tests.harvest.test_work import config, tree
-from tests.tiny import TEXTS, byte_level, save_model, sentencepiece
+from tests.harvest.pair import config, tree
+from tests.tiny import TEXTS
 
 
 @dataclass(frozen=True)
@@ -42,25 +39,13 @@ def harvest(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     """Runs the command in this process."""
 
     def run(*arguments: object) -> Done:
-        threads = torch.get_num_threads()
         monkeypatch.setattr(sys, "argv", ["harvest", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        torch.set_num_threads(threads)
         return Done(int(ended.value.code or 0), *capfd.readouterr())
 
     return run
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cli")
-    save_model(root / "llama", "llama", byte_level(), seed=1)
-    save_model(root / "gemma", "gemma3", sentencepiece(), seed=2, width=24)
-    records = [{"text": text, "id": f"doc {number}"} for number, text in enumerate(TEXTS)]
-    (root / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return root
 
 
 def write_config(home: Path, folder: Path, **tables: Any) -> Path:
@@ -73,22 +58,27 @@ def write_config(home: Path, folder: Path, **tables: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(home: Path) -> Store:
-    """A finished store, made in a subprocess, so that the whole command runs as it does for a user."""
-    file = write_config(home, home)
+def pair(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A finished store beside its config, made in a subprocess: the whole command, as for a user."""
+    folder = tmp_path_factory.mktemp("cli")
+    file = write_config(home, folder)
     done = subprocess.run(
         [sys.executable, "-c", "from harvest.cli import main; main()", "run", str(file), "--json"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["store"] == str(home / "pair.zarr")
+    assert result["store"] == str(folder / "pair.zarr")
     assert result["rows"] == 120
     assert set(result["scale_factor"]) == {"early", "inner", "gemma"}
     assert result["faults"]["gemma"] == {"clipped": 0, "masked": 0, "sink": result["faults"]["gemma"]["sink"]}
     assert "planned 120 rows" in done.stderr
     assert "Traceback" not in done.stderr
-    return Store.open(home / "pair.zarr")
+    return Store.open(folder / "pair.zarr")
+
+
+def config_of(pair: Store) -> Path:
+    return pair.path.with_suffix(".toml")
 
 
 # --- what it prints -------------------------------------------------------------------------------------------------
@@ -96,11 +86,11 @@ def pair(home: Path) -> Store:
 
 def test_a_finished_store_is_left_alone_and_described_again(harvest: Harvest, home: Path, pair: Store) -> None:
     before = tree(pair.path)
-    done = harvest("run", home / "pair.toml", "--json")
+    done = harvest("run", config_of(pair), "--json")
     assert done.code == 0
     assert done.json["id"] == pair.header.id
     assert done.err == f"{pair.path} is already finished: nothing to do\n"
-    text = harvest("run", home / "pair.toml").out
+    text = harvest("run", config_of(pair)).out
     assert f"store  {pair.path}\n" in text
     assert "rows  120\n" in text
     assert tree(pair.path) == before
@@ -125,7 +115,7 @@ def test_plan_tells_what_would_be_stored_and_writes_nothing(harvest: Harvest, ho
 
 
 def test_the_plan_is_what_the_run_stores(harvest: Harvest, home: Path, pair: Store) -> None:
-    plan = harvest("plan", home / "pair.toml", "--json").json
+    plan = harvest("plan", config_of(pair), "--json").json
     assert plan["id"] == pair.header.id
     assert {key: plan[key] for key in pair.header.plan} == pair.header.plan
 
@@ -191,43 +181,6 @@ def test_inspect_shows_aligned_tokens_side_by_side_with_norms(harvest: Harvest, 
         "|inner|",
         "|gemma|",
     ]
-
-
-def shown(home: Path, folder: Path, text: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """What inspect shows of a store of one text."""
-    (folder / "text.txt").write_text(text)
-    asked = config(home, folder / "x.zarr", corpus={"path": str(folder / "text.txt"), "id": None})
-    asked = asked.model_copy(update={"models": {name: asked.models[name] for name in names}})
-    log = work.Log(quiet=True)
-    store = work.run(prepare(asked, log), log)
-    tokenizers = {name: models.load_tokenizer(models.resolve(str(home / name))) for name in names}
-    records = table(store, range(store.rows), tokenizers)
-    return [tuple(ast.literal_eval(record[name]) for name in names) for record in records]
-
-
-def test_a_character_of_several_tokens_is_shown_at_its_last(home: Path, tmp_path: Path) -> None:
-    assert shown(home, tmp_path, "a😀日b", ("llama", "gemma")) == [(c, c) for c in "a😀日b"]
-
-
-def test_a_model_on_its_own_shows_each_token_and_the_parts_of_a_character(home: Path, tmp_path: Path) -> None:
-    assert shown(home, tmp_path, "😀日 the", ("gemma",)) == [
-        ("<s>",), *[("\ufffd",)] * 3, ("😀",), *[("\ufffd",)] * 2, ("日",), (" the",),
-    ]  # fmt: skip
-
-
-def test_joined_tokens_are_the_text_also_where_the_decoder_strips_the_first_space(home: Path, tmp_path: Path) -> None:
-    save_model(tmp_path / "llama", "llama", sentencepiece(prepend=True))
-    text = "It was  as it is, 日本.\n"
-    pieces = [piece for (piece,) in shown(tmp_path, tmp_path, text, ("llama",))]
-    assert pieces[0] == "<s>"
-    assert "".join(piece for piece in pieces[1:] if piece != "\ufffd") == f" {text}"
-
-
-def test_a_slow_tokenizer_shows_its_tokens_too(home: Path, tmp_path: Path) -> None:
-    slow = shutil.copytree(home / "llama", tmp_path / "llama")
-    (slow / "tokenizer.json").unlink()
-    (slow / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-    assert shown(tmp_path, tmp_path, "abc", ("llama",)) == [("a",), ("b",), ("c",), ("</s>",)]
 
 
 @pytest.mark.parametrize(
@@ -364,7 +317,7 @@ def test_another_store_at_the_path_gets_one_line_with_the_fields_that_differ(
     harvest: Harvest, home: Path, pair: Store
 ) -> None:
     before = tree(pair.path)
-    done = harvest("run", home / "pair.toml", "--set", "rows.seed=5", "--set", "rows.count=99")
+    done = harvest("run", config_of(pair), "--set", "rows.seed=5", "--set", "rows.count=99")
     assert_one_line(done, 2, f"error: another store is at {pair.path}, and these fields differ (stored -> asked): ")
     assert "rows.count: 120 -> 99; rows.seed: 0 -> 5. Give another path" in done.err
     assert tree(pair.path) == before

@@ -5,7 +5,7 @@ Letters: T tokens of a segment, N rows, D width, G segments.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,83 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harvest import plan, work
-from harvest.config import HarvestConfig
 from harvest.forward import Batch
 from harvest.job import prepare
 from shared import files, models
-from shared.errors import ActivationError, ModelError, SiteError, SpaceError, StoreError, StoreMismatchError
+from shared.errors import ActivationError, SpaceError, StoreError, StoreMismatchError
 from shared.log import Log
 from shared.moments import CLASSES
 from shared.store import CLIPPED, FIRST, HELD_OUT, MASKED, SINK, SPECIAL, Store
+from tests.harvest.pair import config, harvest, one, tree
 from tests.tiny import TEXTS, byte_level, save_model, sentencepiece
 
-Tree = dict[str, bytes]
 ROUNDING = 2.0**-11  # of fp16, relative
 PADDING = 2e-5  # another length of padding sums fp32 in another order; values are about 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost far more than these models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    yield
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pair")
-    save_model(root / "llama", "llama", byte_level(), seed=1)
-    save_model(root / "gemma", "gemma3", sentencepiece(), seed=2, width=24)
-    records = [{"text": text, "id": f"doc {number}"} for number, text in enumerate(TEXTS)]
-    (root / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return root
-
-
-def config(home: Path, path: Path, **tables: Any) -> HarvestConfig:
-    """Two sites of the one model and one of the other; four shards, segments across their borders."""
-    data: dict[str, Any] = {
-        "models": {
-            "llama": {"path": str(home / "llama"), "sites": {"early": "resid.0", "inner": "mlp_out.1"}},
-            "gemma": {"path": str(home / "gemma"), "sites": ["resid.1"]},
-        },
-        "corpus": {"path": str(home / "corpus.jsonl"), "id": "id"},
-        "rows": {"context": 24, "held_out": 0.3, "count": 300},
-        "batch": {"tokens": 100},
-        "store": {"path": str(path), "shard_bytes": 10_240, "chunk_bytes": 512},
-        "device": "cpu",
-        "threads": 1,
-    }
-    for name, table in tables.items():
-        data[name] = {**data[name], **table} if isinstance(table, dict) and name != "models" else table
-    return HarvestConfig.model_validate(data)
-
-
-def one(home: Path, path: Path, sites: list[str], **tables: Any) -> HarvestConfig:
-    """One model on its own; `models` may add to it."""
-    model = {"path": str(home / "llama"), "sites": sites, **tables.pop("model", {})}
-    return config(home, path, models={"llama": model}, **tables)
-
-
-def harvest(settings: HarvestConfig) -> Store:
-    log = Log(quiet=True)
-    return work.run(prepare(settings, log), log)
-
-
-@pytest.fixture(scope="module")
-def pair(home: Path) -> Store:
-    return harvest(config(home, home / "pair.zarr"))
-
-
-def tree(path: Path) -> Tree:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 def stored(store: Store, source: str) -> np.ndarray:
@@ -555,32 +490,3 @@ def test_a_path_that_is_in_use_is_refused_and_left_alone(
     with pytest.raises(StoreError, match=r"no Granary store here|in use and is no store"):
         harvest(config(home, path))
     assert tree(tmp_path) == before
-
-
-def test_a_context_longer_than_the_models_is_refused(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"rows.context is longer than the model's: 65 > 64 of .*llama. Set rows.cont"):
-        prepare(config(home, tmp_path / "x.zarr", rows={"context": 65}), Log(quiet=True))
-    prepare(config(home, tmp_path / "x.zarr", rows={"context": 64}), Log(quiet=True))
-
-
-def test_a_site_that_the_model_has_not_is_refused_with_the_nearest(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(SiteError, match=r"the model has no site: resid.7. Its 3 blocks are resid.0 to resid.2"):
-        prepare(one(home, tmp_path / "x.zarr", ["resid.7"]), Log(quiet=True))
-
-
-def test_pairs_need_fast_tokenizers_and_a_model_on_its_own_does_not(home: Path, tmp_path: Path) -> None:
-    slow = save_model(tmp_path / "slow", "llama", byte_level(), seed=6)
-    (slow / "tokenizer.json").unlink()
-    (slow / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-    asked = {"slow": {"path": str(slow), "sites": ["resid.1"]}}
-    with_fast = {**asked, "llama": {"path": str(home / "llama"), "sites": ["resid.1"]}}
-    with pytest.raises(ModelError, match=r'"offsets" needs fast tokenizers, and this model has a slow one: slow. Save'):
-        prepare(config(home, tmp_path / "x.zarr", models=with_fast), Log(quiet=True))
-    store = harvest(config(home, tmp_path / "y.zarr", models=asked, rows={"count": 40}))
-    assert store.header.plan["alignment"] == "identical"
-    assert set(store.column("tokens/slow/end").tolist()) == {-1}
-
-
-def test_threads_and_device_are_no_part_of_the_id(home: Path, pair: Store) -> None:
-    for changed in (config(home, pair.path, threads=2), config(home, pair.path, device="auto")):
-        assert harvest(changed).header.id == pair.header.id

@@ -1,0 +1,46 @@
+"""Two tiny models of different tokenizers and widths, and their harvest."""
+
+from pathlib import Path
+from typing import Any
+
+from harvest import work
+from harvest.config import HarvestConfig
+from harvest.job import prepare
+from shared.log import Log
+from shared.store import Store
+
+Tree = dict[str, bytes]
+
+
+def config(home: Path, path: Path, **tables: Any) -> HarvestConfig:
+    """Two sites of the one model and one of the other; four shards, segments across their borders."""
+    data: dict[str, Any] = {
+        "models": {
+            "llama": {"path": str(home / "llama"), "sites": {"early": "resid.0", "inner": "mlp_out.1"}},
+            "gemma": {"path": str(home / "gemma"), "sites": ["resid.1"]},
+        },
+        "corpus": {"path": str(home / "corpus.jsonl"), "id": "id"},
+        "rows": {"context": 24, "held_out": 0.3, "count": 300},
+        "batch": {"tokens": 100},
+        "store": {"path": str(path), "shard_bytes": 10_240, "chunk_bytes": 512},
+        "device": "cpu",
+        "threads": 1,
+    }
+    for name, table in tables.items():
+        data[name] = {**data[name], **table} if isinstance(table, dict) and name != "models" else table
+    return HarvestConfig.model_validate(data)
+
+
+def one(home: Path, path: Path, sites: list[str], **tables: Any) -> HarvestConfig:
+    """One model on its own; `models` may add to it."""
+    model = {"path": str(home / "llama"), "sites": sites, **tables.pop("model", {})}
+    return config(home, path, models={"llama": model}, **tables)
+
+
+def harvest(settings: HarvestConfig) -> Store:
+    log = Log(quiet=True)
+    return work.run(prepare(settings, log), log)
+
+
+def tree(path: Path) -> Tree:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}

@@ -1,0 +1,41 @@
+"""What is known, and refused, before a harvest is planned."""
+
+from pathlib import Path
+
+import pytest
+
+from harvest.job import prepare
+from shared.errors import ModelError, SiteError
+from shared.log import Log
+from shared.store import Store
+from tests.harvest.pair import config, harvest, one
+from tests.tiny import byte_level, save_model
+
+
+def test_a_context_longer_than_the_models_is_refused(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"rows.context is longer than the model's: 65 > 64 of .*llama. Set rows.cont"):
+        prepare(config(home, tmp_path / "x.zarr", rows={"context": 65}), Log(quiet=True))
+    prepare(config(home, tmp_path / "x.zarr", rows={"context": 64}), Log(quiet=True))
+
+
+def test_a_site_that_the_model_has_not_is_refused_with_the_nearest(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(SiteError, match=r"the model has no site: resid.7. Its 3 blocks are resid.0 to resid.2"):
+        prepare(one(home, tmp_path / "x.zarr", ["resid.7"]), Log(quiet=True))
+
+
+def test_pairs_need_fast_tokenizers_and_a_model_on_its_own_does_not(home: Path, tmp_path: Path) -> None:
+    slow = save_model(tmp_path / "slow", "llama", byte_level(), seed=6)
+    (slow / "tokenizer.json").unlink()
+    (slow / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    asked = {"slow": {"path": str(slow), "sites": ["resid.1"]}}
+    with_fast = {**asked, "llama": {"path": str(home / "llama"), "sites": ["resid.1"]}}
+    with pytest.raises(ModelError, match=r'"offsets" needs fast tokenizers, and this model has a slow one: slow. Save'):
+        prepare(config(home, tmp_path / "x.zarr", models=with_fast), Log(quiet=True))
+    store = harvest(config(home, tmp_path / "y.zarr", models=asked, rows={"count": 40}))
+    assert store.header.plan["alignment"] == "identical"
+    assert set(store.column("tokens/slow/end").tolist()) == {-1}
+
+
+def test_threads_and_device_are_no_part_of_the_id(home: Path, pair: Store) -> None:
+    for changed in (config(home, pair.path, threads=2), config(home, pair.path, device="auto")):
+        assert harvest(changed).header.id == pair.header.id

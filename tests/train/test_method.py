@@ -1,0 +1,137 @@
+"""Methods are found by their file names; what the methods that keep k latents have in common."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train.methods
+from shared.errors import ConfigError, WiringError
+from tests import cases
+from train import method as methods
+from train.dictionary import Dictionary
+from train.method import TopKConfig
+from train.wiring import build
+
+WIRING = build("crosscoder", {"a": 20, "b": 16}, 48)
+
+
+def test_the_three_methods_are_there() -> None:
+    assert {"standard", "topk", "batch_topk"} <= set(methods.names())
+
+
+@pytest.mark.parametrize("name", cases.names())
+def test_a_method_is_parsed_from_its_name_and_from_its_table(name: str) -> None:
+    config = methods.parse(name)
+    assert config.name == name
+    assert methods.parse({"name": name}) == config
+    assert methods.parse(config.model_dump(mode="json")) == config
+    assert methods.find(name).__module__ == f"train.methods.{name}"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("batchtopk", "unknown method: batchtopk. Did you mean batch_topk"),
+        ({"name": "relu-ish"}, "unknown method: relu-ish. Known: "),
+        ({"name": 5}, "unknown method: 5"),
+        ({"k": 3}, "missing key: method.name. Choose one of batch_topk"),
+        ({"name": "topk", "k_anealed": 1}, "unknown key: method.k_anealed. Did you mean method.k_anneal"),
+        ({"name": "topk", "k": 0}, "wrong value for method.k: 0"),
+        ({"name": "batch_topk", "threshold_decay": 1.0}, "wrong value for method.threshold_decay"),
+        ({"name": "standard", "k": 3}, "unknown key: method.k"),
+    ],
+)
+def test_a_wrong_method_is_refused_with_the_way_out(asked: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        methods.parse(asked)
+
+
+@pytest.mark.parametrize("name", [n for n in cases.names() if issubclass(methods.find(n), TopKConfig)])
+def test_a_k_larger_than_the_latents_is_refused_at_any_step(name: str) -> None:
+    assert methods.parse({"name": name, "k": 48}).build(WIRING, 10)
+    for keys in ({"k": 49}, {"k": 3, "k_start": 49, "k_anneal": 5}):
+        with pytest.raises(WiringError, match="k is larger than the latents: 49 > 48"):
+            methods.parse({"name": name, **keys}).build(WIRING, 10)
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+def test_k_goes_from_its_start_to_its_end_and_without_steps_is_at_its_end_at_once(name: str) -> None:
+    def ks(**keys: int) -> list[int]:
+        activation = methods.parse({"name": name, **keys}).build(WIRING, 10).activation
+        assert int(activation.get_buffer("k")) == ks_at(activation, 0)
+        return [ks_at(activation, step) for step in range(6)]
+
+    def ks_at(activation: Any, step: int) -> int:
+        activation.schedule(step)
+        return int(activation.k)
+
+    assert ks(k=2, k_start=10, k_anneal=4) == [10, 8, 6, 4, 2, 2]
+    assert ks(k=10, k_start=2, k_anneal=4) == [2, 4, 6, 8, 10, 10]
+    assert ks(k=2, k_start=10) == [2] * 6
+    assert ks(k=2, k_anneal=4) == [2] * 6
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+def test_auxk_defaults_to_half_the_mean_width_of_the_sources(name: str) -> None:
+    def k_aux(**keys: int) -> int:
+        term: Any = methods.parse({"name": name, **keys}).build(WIRING, 10).terms[1]
+        assert term.name == "aux" and term.weight(5) == 1 / 32
+        return int(term.k_aux)
+
+    assert (k_aux(), k_aux(k_aux=7)) == (9, 7)
+
+
+METHOD = '''
+"""Twice what ReLU gives, for a test."""
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import relu
+
+from train.code import Activation, Code, DenseCode, Pre
+from train.method import Method, MethodConfig
+from train.objective import Reconstruction
+from train.schedule import constant
+from train.wiring import Wiring
+
+
+class Config(MethodConfig):
+    name: Literal["doubled"] = "doubled"
+    factor: float = 2.0
+
+    def build(self, wiring: Wiring, steps: int) -> Method:
+        return Method(Doubled(wiring.latents, self.factor), [Reconstruction("recon", constant(1.0))])
+
+
+class Doubled(Activation):
+    def __init__(self, latents: int, factor: float) -> None:
+        super().__init__(latents)
+        self.factor = factor
+
+    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
+        f_BL = self.factor * relu(pre.dense())
+        return DenseCode(f_BL, f_BL)
+'''
+
+
+def test_a_file_that_is_added_at_run_time_is_a_method_and_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "doubled.py").write_text(METHOD)
+    monkeypatch.setattr(train.methods, "__path__", [*train.methods.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    try:
+        assert "doubled" in methods.names()
+        trainer = cases.trainer("dedicated", "doubled", method=methods.parse({"name": "doubled", "factor": 3.0}))
+        x = cases.random_rows("dedicated", 64)
+        losses = [float(trainer.update(x)["loss"]) for _ in range(30)]
+        assert losses[-1] < 0.7 * losses[0]
+        trainer.dictionary.eval().save(tmp_path / "saved")
+        assert torch.equal(Dictionary.load(tmp_path / "saved").encode(x), trainer.dictionary.encode(x))
+    finally:
+        sys.modules.pop("train.methods.doubled", None)
