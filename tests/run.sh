@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: format, lint, types, and the fast tests, in an environment of their own.
-# Arguments go to pytest: tests/run.sh -m slow
+# Arguments go to pytest: tests/run.sh tests/train -k order
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

