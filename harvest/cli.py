@@ -28,7 +28,7 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="Any config ke
 StorePath = Annotated[str | None, typer.Option("--store", help="Where the store goes (store.path).")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto (device).")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Torch threads on the CPU (threads).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 def main() -> None:
@@ -61,6 +61,8 @@ def plan(config_file: ConfigFile, settings: Settings = None, store: StorePath = 
     with Log() as log:
         job = prepare(asked, log)
         made = job.make_plan(log)
+        for note in planning.notes(made.summary, asked):
+            log.event("plan", note)
     header = job.header(made)
     sizes = planning.stored_bytes(made.summary, made.tables, list(job.sources.values()))
     result = {
@@ -120,8 +122,8 @@ def _config(
     file: Path, settings: list[str] | None, store: str | None, device: str | None, threads: int | None
 ) -> HarvestConfig:
     flags = {"store.path": store, "device": device, "threads": threads}
-    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    return config.parse(HarvestConfig, config.override(config.read_toml(file), [*(settings or []), *given]))
+    given = [*(settings or []), *config.settings(flags)]
+    return config.parse(HarvestConfig, config.override(config.read_toml(file), given))
 
 
 def _rows(text: str, count: int) -> range:
@@ -176,6 +178,9 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _readable(key: str, value: Any) -> str:
+    if isinstance(value, dict) and value and all(isinstance(one, dict) for one in value.values()):
+        counts = {name: {what: count for what, count in one.items() if count} for name, one in value.items()}
+        return "; ".join(f"{name} {_readable(key, one)}" for name, one in counts.items() if one) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_readable(key, one)}" for name, one in value.items())
     if key.endswith("bytes"):

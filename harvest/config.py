@@ -1,7 +1,7 @@
 """What a harvest is told. Every key can be given in the TOML file or by --set."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,8 +16,13 @@ class ModelConfig(Config):
     path: str  # a folder, a GGUF file, package:NAME (a GGUF file in an installed package), or a hub id
     sites: list[str] | dict[str, str]  # site names; as a table {source name: site}, sources get names of your own
     revision: str | None = None  # of a hub id
-    dtype: str = "auto"  # of the weights while they run: auto (the checkpoint's), float32, bfloat16
+    dtype: str = "auto"  # while it runs: auto (the weights' own, float32 for float16), float32, bfloat16, float16
     attention: str | None = None  # attention implementation of transformers; none: its own choice
+
+    @field_validator("sites", mode="before")
+    @classmethod
+    def _listed(cls, sites: Any) -> Any:
+        return [sites] if isinstance(sites, str) else sites
 
     @field_validator("sites")
     @classmethod
@@ -64,7 +69,7 @@ class RowsConfig(Config):
     align: Literal["auto", "identical", "offsets"] = "auto"  # auto: identical where all tokenizers are the same
     bos: Literal["model", "always", "never"] = "model"  # model: the special tokens that its tokenizer adds
     held_out: float = Field(0.1, ge=0.0, lt=1.0)  # share of documents that training never sees
-    seed: int = 0  # of the order of documents
+    seed: int = Field(0, ge=0, lt=2**63)  # of the order of documents
 
 
 class BatchConfig(Config):

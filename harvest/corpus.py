@@ -149,7 +149,12 @@ def _fields(record: Any, config: CorpusConfig, where: str) -> tuple[str | None, 
         if not isinstance(record, dict) or record.get(name) is None:
             known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise CorpusError(f"no field {name!r} in {where}", known, "Set corpus.text (and corpus.id) to its fields")
-    return (str(record[config.id]) if config.id else None), str(record[config.text])
+    if not isinstance(record[config.text], str):
+        kind = type(record[config.text]).__name__
+        raise CorpusError(
+            f"the field {config.text!r} in {where} is no text", kind, "Set corpus.text to a field of text"
+        )
+    return (str(record[config.id]) if config.id else None), record[config.text]
 
 
 def python_docs() -> Iterator[Document]:

@@ -5,6 +5,7 @@ Letters: T tokens of a model, G segments.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,21 +16,25 @@ FLAGS = {FIRST: "first", SPECIAL: "special"}
 FAULTS = {CLIPPED: "clipped", MASKED: "masked", SINK: "sink"}
 
 
-def table(store: Store, rows: Sequence[int], tokenizers: Mapping[str, Tokenizer]) -> list[dict[str, str]]:
-    """One record per row: row, document, and per model its token, position and flags, per source norm and faults."""
-    ids, document = store.document_ids(), store.column("rows/document")
-    records = [{"row": str(row), "document": ids[document[row]]} for row in rows]
+def table(store: Store, rows: Sequence[int], tokenizers: Mapping[str, Tokenizer]) -> list[dict[str, Any]]:
+    """One record per row: row, document, {model: token, id, position, flags} and {source: norm, faults}."""
+    names, document = store.document_ids(), store.column("rows/document")
+    records: list[dict[str, Any]] = [
+        {"row": row, "document": names[document[row]], "models": {}, "sources": {}} for row in rows
+    ]
     for model, tokenizer in tokenizers.items():
         columns = [store.column(f"rows/{model}/{name}") for name in ("token", "position", "flags")]
         texts = Texts.of(store, model, tokenizer)
         for record, row in zip(records, rows, strict=True):
             token, position, flags = (column[row] for column in columns)
-            record[model] = repr(texts.text(int(token)))
-            record[f"{model}@"] = str(position) + _named(int(flags), FLAGS)
+            record["models"][model] = {
+                "token": texts.text(int(token)), "id": int(texts.ids_T[token]), "position": int(position),
+                "flags": _named(int(flags), FLAGS),
+            }  # fmt: skip
     for source in store.header.sources:
         norms, faults = store.column(f"norms/{source}"), store.column(f"faults/{source}")
         for record, row in zip(records, rows, strict=True):
-            record[f"|{source}|"] = f"{norms[row]:.1f}" + _named(int(faults[row]), FAULTS)
+            record["sources"][source] = {"norm": float(norms[row]), "faults": _named(int(faults[row]), FAULTS)}
     return records
 
 
@@ -70,13 +75,22 @@ class Texts:
         return str(self.tokenizer.decode(self.ids_T[start:stop].tolist(), clean_up_tokenization_spaces=False))
 
 
-def lines(records: Sequence[Mapping[str, str]]) -> list[str]:
-    """The records as columns under a heading."""
-    names = list(records[0])
-    widths = {name: max(len(name), *(len(record[name]) for record in records)) for name in names}
-    heading = "  ".join(name.ljust(widths[name]) for name in names)
-    return [heading, *("  ".join(record[name].ljust(widths[name]) for name in names).rstrip() for record in records)]
+def lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The records as columns under a heading: token and position per model, norm per source."""
+    cells = [_cells(record) for record in records]
+    widths = {name: max(len(name), *(len(row[name]) for row in cells)) for name in cells[0]}
+    heading = "  ".join(name.ljust(widths[name]) for name in widths)
+    return [line.rstrip() for line in (heading, *("  ".join(row[n].ljust(widths[n]) for n in widths) for row in cells))]
 
 
-def _named(bits: int, names: Mapping[int, str]) -> str:
-    return "".join(f" {name}" for bit, name in names.items() if bits & bit)
+def _cells(record: Mapping[str, Any]) -> dict[str, str]:
+    cells = {"row": str(record["row"]), "document": record["document"]}
+    for name, model in record["models"].items():
+        cells |= {name: repr(model["token"]), f"{name}@": " ".join([str(model["position"]), *model["flags"]])}
+    for name, source in record["sources"].items():
+        cells[f"|{name}|"] = " ".join([f"{source['norm']:.1f}", *source["faults"]])
+    return cells
+
+
+def _named(bits: int, names: Mapping[int, str]) -> list[str]:
+    return [name for bit, name in names.items() if bits & bit]

@@ -9,6 +9,7 @@ from harvest import corpus, plan
 from harvest.config import HarvestConfig
 from harvest.segments import Speller
 from shared import hooks, models
+from shared.device import device_of
 from shared.errors import ModelError
 from shared.log import Log, bar
 from shared.source import Model, Source
@@ -55,6 +56,7 @@ def prepare(config: HarvestConfig, log: Log) -> Job:
     def say(text: str) -> None:
         log.event("prepare", text)
 
+    device_of(config.device)  # refused before anything is written
     checkpoints = {name: models.resolve(m.path, m.revision, say) for name, m in config.models.items()}
     found_models: dict[str, Model] = {}
     sources: dict[str, Source] = {}

@@ -68,6 +68,17 @@ def build(
     return Plan(tables, {"rows": draft.rows, **sizes, **draft.summary(), "alignment": align})
 
 
+def notes(summary: Mapping[str, Any], config: HarvestConfig) -> list[str]:
+    """What a user should know of a plan before anything is spent."""
+    said = []
+    if config.rows.count is not None and summary["rows"] < config.rows.count:
+        said.append(f"the corpus gives {summary['rows']:,} rows, fewer than rows.count = {config.rows.count:,}")
+    if summary["documents_held_out"] in (0, summary["documents"]):
+        share = f"{summary['documents_held_out']} of {summary['documents']} documents"
+        said.append(f"{share} are held out, and training needs both kinds: give more documents, or another rows.seed")
+    return said
+
+
 def _require_same_around(spellers: Mapping[str, Speller]) -> None:
     """Rows of `identical` hold special tokens too, so all models must read the same ones around a segment."""
     around = {name: (speller.prefix, speller.suffix) for name, speller in spellers.items()}

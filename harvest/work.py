@@ -18,7 +18,7 @@ from harvest.cast import calibrated, cast
 from harvest.forward import Batch, Batches, rows
 from harvest.job import Job
 from shared import files, hooks, models
-from shared.device import device_of
+from shared.device import device_of, torch_threads
 from shared.errors import ActivationError, StoreError
 from shared.log import Log, bar
 from shared.moments import CLASSES, Moments, class_of
@@ -39,6 +39,8 @@ def open_store(job: Job, log: Log) -> Store:
     sizes = plan.stored_bytes(made.summary, made.tables, list(job.sources.values()))
     files.require_space(job.path, sum(sizes.values()))
     log.event("plan", f"planned {made.summary['rows']:,} rows, {sum(sizes.values()) / 1e6:,.0f} MB", **made.summary)
+    for note in plan.notes(made.summary, job.config):
+        log.event("plan", note)
     return Store.create(job.path, job.header(made), made.tables)
 
 
@@ -49,9 +51,14 @@ def run(job: Job, log: Log) -> Store:
         log.event("done", f"{store.path} is already finished: nothing to do")
         return store
     files.sweep(store.path)
+    with torch_threads(job.config.threads):
+        store = _finish(job, store, log)
+    log.event("done", f"finished {store.path}")
+    return store
+
+
+def _finish(job: Job, store: Store, log: Log) -> Store:
     device = str(device_of(job.config.device))
-    if job.config.threads:
-        torch.set_num_threads(job.config.threads)
     loaded = Loaded(job, device, log)
     if store.header.scale is None:
         scale: dict[str, dict[str, float]] = {}
@@ -65,7 +72,6 @@ def run(job: Job, log: Log) -> Store:
         if todo[name]:
             _make_units(job, store, name, loaded.model(name), device, todo[name], log)
     store.seal()
-    log.event("done", f"finished {store.path}")
     return store
 
 

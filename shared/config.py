@@ -19,8 +19,10 @@ from shared.errors import ConfigError
 class Config(BaseModel):
     """Base of every config: cannot be changed, and refuses keys that it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+
+FEW = 8  # names that a message lists beside the nearest ones
 
 C = TypeVar("C", bound=Config)
 
@@ -34,11 +36,13 @@ def parse(kind: type[C], data: Mapping[str, Any], prefix: str = "") -> C:
 
 
 def _explain(kind: type[Config], error: ValidationError, prefix: str) -> ConfigError:
-    first = error.errors()[0]
-    key = prefix + ".".join(str(part) for part in first["loc"])
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key is missing, too
+    key = prefix + ".".join(str(part) for part in first["loc"] if "[" not in str(part))  # list[str]: of a union
     if first["type"] == "extra_forbidden":
         return unknown("unknown key", key, [prefix + name for name in keys_of(kind)])
     if first["type"] == "missing":
+        inner = [name for name in required(kind) if name == key.removeprefix(prefix) or name.startswith(f"{key}.")]
+        key = prefix + inner[0] if inner else key
         return ConfigError("missing key", key, f"Add it to the file, or give --set {key}=VALUE")
     return ConfigError(f"wrong value for {key}", repr(first.get("input")), first["msg"].removeprefix("Value error, "))
 
@@ -47,7 +51,10 @@ def unknown(what: str, value: str, known: Iterable[str], error: type[ConfigError
     """An error that names the nearest of `known`; a key inside a table keyed by the user matches by its last parts."""
     known = list(known)
     near = difflib.get_close_matches(value, [_filled(value, name) for name in known], n=3, cutoff=0.5)
-    return error(what, value, f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}")
+    listed = f"Known: {', '.join(known)}"
+    if not near:
+        return error(what, value, listed)
+    return error(what, value, f"Did you mean {' or '.join(near)}?" + (f" {listed}" if len(known) <= FEW else ""))
 
 
 def _filled(value: str, name: str) -> str:
@@ -68,6 +75,16 @@ def keys_of(kind: type[Config]) -> list[str]:
         one = {field.annotation, *get_args(field.annotation)} <= {field.annotation, inner, NoneType}
         table = name if one else f"{name}.*"
         keys += [f"{table}.{key}" for key in keys_of(inner)]
+    return keys
+
+
+def required(kind: type[Config]) -> list[str]:
+    """The dotted keys that a config cannot do without; below a table with free names, the table's."""
+    keys = []
+    for name, field in kind.model_fields.items():
+        if field.is_required():
+            inner = _inner_config(field.annotation)
+            keys += [f"{name}.{key}" for key in required(inner)] if inner is field.annotation and inner else [name]
     return keys
 
 
@@ -97,7 +114,7 @@ def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
-            raise ConfigError("a setting must read KEY=VALUE", setting, "Example: --set method.k=64")
+            raise ConfigError("a setting must read KEY=VALUE", setting, "Example: --set seed=1")
         *tables, leaf = key.split(".")
         table = merged
         for name in tables:
@@ -106,6 +123,11 @@ def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]
                 raise ConfigError("this key is a value and has no keys below it", key, f"Set {name} itself")
         table[leaf] = _toml_value(text)
     return merged
+
+
+def settings(flags: Mapping[str, Any]) -> list[str]:
+    """The flags that were given, as `override` reads them: {"store.path": "x"} -> ['store.path="x"']."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]
 
 
 def _toml_value(text: str) -> Any:

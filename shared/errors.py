@@ -1,5 +1,6 @@
 """What a user can be told. Each message is one line: what is wrong, the value, and the way out."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,12 @@ class WiringError(GranaryError):
     exit_code = 2
 
 
+class RowsError(GranaryError):
+    """Rows or codes that do not fit a dictionary."""
+
+    exit_code = 2
+
+
 class CheckpointError(GranaryError):
     """A folder that holds no dictionary or no run that this version can read."""
 
@@ -90,12 +97,19 @@ class TrainingError(GranaryError):
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn a user's error into one line on stderr and its exit code, and an interrupt into exit code 130."""
+    """Turn a user's error, and what the system refuses (a full disk, no permission), into one line on stderr and its
+    exit code; an interrupt into exit code 130."""
     try:
         yield
     except GranaryError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or 'no file is named'}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

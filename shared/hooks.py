@@ -63,10 +63,19 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The path of the model's blocks and the blocks. Raises SiteError where there is no such list."""
     config: Any = model.config
     config = getattr(config, "get_text_config", lambda: config)()  # of a model of several modalities
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-            return path, module
-    raise SiteError("cannot find the model's blocks", type(model).__name__, "Name sites by their module path instead")
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    }
+    found = {
+        path: module for path, module in found.items() if "language_model" in path
+    } or found  # not the vision tower
+    outer = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    if len(outer) != 1:
+        value = f"{type(model).__name__} ({' or '.join(outer) or 'none'})"
+        raise SiteError("cannot find the model's blocks", value, "Name sites by their module path instead")
+    return outer[0], found[outer[0]]
 
 
 def _named(model: nn.Module) -> dict[str, Site]:

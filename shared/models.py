@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.util
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,9 +51,12 @@ class Checkpoint:
         return int(length) if length else None
 
     def dtype(self) -> str:
-        """The dtype in which the weights are stored, such as "bfloat16"."""
+        """The dtype in which the model runs when none is asked for: that of the weights, such as "bfloat16".
+
+        Never float16, in which activations overflow: weights that are stored in it run in float32.
+        """
         dtype = getattr(_config(self), "dtype", None) or torch.float32
-        return str(dtype).removeprefix("torch.")
+        return str(torch.float32 if dtype == torch.float16 else dtype).removeprefix("torch.")
 
 
 def resolve(path: str, revision: str | None = None, say: Say = print) -> Checkpoint:
@@ -162,9 +166,12 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", WEIGHTS[0]]
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        if not any(folder.glob(WEIGHTS[0])):  # an older repository
+            snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS[1]])
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -189,7 +196,12 @@ def _gguf_in_package(package: str) -> Path:
         raise ModelError("no GGUF file in this package", package, "Give the path of the file itself")
     target = files.cache_folder() / "gguf" / f"{package}.gguf"
     target.parent.mkdir(parents=True, exist_ok=True)
-    return Path(module.assemble(target, overwrite=not target.exists()))
+    if target.exists():
+        with contextlib.suppress(FileExistsError):  # that of another version of the package
+            return Path(module.assemble(target, overwrite=False))
+    with tempfile.TemporaryDirectory(dir=target.parent, suffix=files.TEMPORARY) as temporary:
+        Path(module.assemble(Path(temporary) / target.name, overwrite=True)).replace(target)
+    return target
 
 
 def _converted(gguf: Path, say: Say) -> Path:

@@ -51,16 +51,14 @@ class Header:
     def read(cls, path: Path) -> "Header":
         try:
             data = files.read_json(path / "zarr.json")["attributes"]["granary"]
-            number = data["format"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise StoreError(
-                "no Granary store here", path, "Give the folder NAME.zarr that harvest run wrote"
-            ) from None
-        if number != FORMAT:
-            raise StoreError("another format of store", number, f"This version reads format {FORMAT}")
-        models = {name: Model(**model) for name, model in data["models"].items()}
-        sources = {name: Source(**source) for name, source in data["sources"].items()}
-        return cls(data["spec"], models, sources, data["plan"], data["scale"])
+            if data["format"] != FORMAT:
+                raise StoreError("another format of store", data["format"], f"This version reads format {FORMAT}")
+            models = {name: Model(**model) for name, model in data["models"].items()}
+            sources = {name: Source(**source) for name, source in data["sources"].items()}
+            return cls(data["spec"], models, sources, data["plan"], data["scale"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            way_out = "Give the folder NAME.zarr that harvest run wrote"
+            raise StoreError("no Granary store here", path, way_out) from None
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,10 @@ class Store:
         self.shard_rows: int = header.plan["shard_rows"]
         self.chunk_rows: int = header.plan["chunk_rows"]
         self.shards: int = header.plan["shards"]
+
+    def __repr__(self) -> str:
+        sources = ", ".join(f"{name} ({one.width})" for name, one in self.header.sources.items())
+        return f"Store({str(self.path)!r}: {self.rows:,} rows of {sources})"
 
     # --- making -------------------------------------------------------------------------------------------------
 
@@ -141,7 +143,7 @@ class Store:
 
     def put(self, shard: int, model: str, parts: Mapping[str, Part], made_with: Mapping[str, Any]) -> dict[str, Any]:
         """Write one unit, whole, its receipt last. `made_with` is device, threads and versions. Returns the receipt."""
-        assert self.header.scale is not None
+        assert self.header.scale is not None and not self.sealed
         names = [source.name for source in self.header.sources.values() if source.model == model]
         assert parts.keys() == set(names)
         parts = {name: parts[name] for name in names}  # the receipt's bytes do not depend on the caller's order

@@ -106,7 +106,9 @@ def _header(
     sources = {name: Source(name, of[name], "resid.1", width) for name, width in widths.items()}
     plan = {
         "rows": rows, "shard_rows": shard_rows, "chunk_rows": chunk_rows, "shards": -(-rows // shard_rows),
-        "documents": len(tables["documents/split"]), "segments": len(tables["segments/document"]),
+        "documents": len(tables["documents/split"]),
+        "documents_held_out": int((tables["documents/split"] == HELD_OUT).sum()),
+        "segments": len(tables["segments/document"]),
         "tokens": dict.fromkeys(names, rows), "read": dict.fromkeys(names, rows),
         "aligned_tokens": dict.fromkeys(names, 1.0), "aligned_documents": 1.0, "skipped": {}, "alignment": "identical",
     }  # fmt: skip

@@ -14,6 +14,9 @@ import tensorstore
 import torch
 import zarr
 
+from harvest import corpus
+from harvest.config import CorpusConfig
+from harvest.forward import Batches
 from shared import models
 from shared.store import HELD_OUT, Store
 from train import dictionary as dictionaries
@@ -72,36 +75,43 @@ def test_block_9_of_gemma_passes_the_range_of_fp16_and_the_store_holds_it_all_th
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_unscaled_rows_are_the_models_own_hidden_states_to_fp16_rounding(store: Store, source: str) -> None:
+    """Two of the planned batches, run by the model itself: what is stored is what fp16 makes of its hidden states."""
     info = store.header.models[source]
     model = models.load(models.resolve(info.path, say=print), info.dtype, info.attention, "cpu")
-    ids, segments = (store.column(f"tokens/{source}/{name}") for name in ("id", "segment"))
-    rows, position = store.column("segments/row"), store.column(f"rows/{source}/position")
-    block = int(store.source(source).site.split(".")[1])
-    for g in (0, len(segments) // 2):
-        alone = torch.from_numpy(ids[segments[g] : segments[g + 1]].astype(np.int64))[None]
+    block, factor = int(store.source(source).site.split(".")[1]), store.factor(source)
+    stored = store.column(f"activations/{source}")
+    for batch in Batches(store, source).spread(2):
         with torch.inference_mode():
-            states = model(input_ids=alone, output_hidden_states=True).hidden_states[block + 1][0]
-        own = states[torch.from_numpy(position[rows[g] : rows[g + 1]].astype(np.int64))]
-        read = store.read(int(rows[g]), int(rows[g + 1]))[source]
-        # Half a unit in the last of 11 places, and what fp32 sums differ by when a batch is padded.
-        assert torch.allclose(read, own, rtol=2**-11, atol=2e-4 * float(own.abs().max()) / 10 + 1e-3)
+            out = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, output_hidden_states=True)
+        own_ND = out.hidden_states[block + 1].flatten(0, 1)[batch.place_N]
+        assert len(batch.row_N) > 1000
+        assert torch.equal(torch.from_numpy(stored[batch.row_N]), (own_ND / factor).half())
 
 
-def test_both_token_prefixes_of_every_row_decode_to_the_same_text(store: Store) -> None:
+def test_both_token_prefixes_of_every_row_decode_to_the_text_of_the_document(store: Store) -> None:
+    documents = {document.id: document.text for document in corpus.read(CorpusConfig())}
+    names = store.document_ids()
     found = store.header.models.items()
     tokenizers = [models.load_tokenizer(models.resolve(model.path, say=print)) for _, model in found]
-    names = ("tokens/{}/id", "tokens/{}/segment", "rows/{}/token")
-    tables = [[store.column(name.format(model)) for name in names] for model, _ in found]
+    tables = [[store.column(table) for table in tables_of(model)] for model, _ in found]
     special = [set(tokenizer.all_special_ids) for tokenizer in tokenizers]
-    rows = store.column("segments/row")
+    rows, of_segment = store.column("segments/row"), store.column("segments/document")
     for g in range(len(rows) - 1):
+        text, begins = documents[names[of_segment[g]]], set()
         for row in range(int(rows[g]), int(rows[g + 1])):
-            texts = []
-            for (ids, segments, token), tokenizer, never in zip(tables, tokenizers, special, strict=True):
+            prefixes = []
+            for (ids, segments, token, end), tokenizer, never in zip(tables, tokenizers, special, strict=True):
                 prefix = ids[segments[g] : token[row] + 1].tolist()
                 assert prefix[-1] not in never
-                texts.append(tokenizer.decode(prefix, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            assert texts[0] == texts[1], f"row {row}"
+                prefixes.append(tokenizer.decode(prefix, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+                begins.add(int(end[token[row]]) - len(prefixes[-1]))
+            assert prefixes[0] == prefixes[1], f"row {row}"
+        (begin,) = begins  # every prefix of a segment begins where it begins, by the ends of all its rows
+        assert text[begin:].startswith(prefixes[0])
+
+
+def tables_of(model: str) -> tuple[str, str, str, str]:
+    return f"tokens/{model}/id", f"tokens/{model}/segment", f"rows/{model}/token", f"tokens/{model}/end"
 
 
 def test_zarr_tensorstore_and_the_memory_map_read_the_same_bytes_of_every_array(store: Store) -> None:

@@ -9,12 +9,12 @@ import typer
 
 from shared import config as configs
 from shared import files
-from shared.errors import CheckpointError, one_line
+from shared.errors import CheckpointError, StoreError, one_line
 from shared.store import Store
 from train import measure as measuring
 from train import method as method_files
 from train import report
-from train.config import TrainConfig
+from train.config import LogConfig, TrainConfig
 from train.dictionary import Dictionary
 from train.fit import fit
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 def main() -> None:
@@ -58,12 +58,11 @@ def run(
     """
     flags: dict[str, Any] = {
         "method.name": method, "wiring.kind": wiring, "wiring.latents": latents,
-        "wiring.sources": sources.split(",") if sources else None, "steps": steps, "batch": batch, "seed": seed,
-        "device": device, "threads": threads,
+        "wiring.sources": None if sources is None else sources.split(","), "steps": steps, "batch": batch,
+        "seed": seed, "device": device, "threads": threads,
     }  # fmt: skip
-    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     data = configs.read_toml(config_file) if config_file else {}
-    asked = configs.parse(TrainConfig, configs.override(data, [*(settings or []), *given]))
+    asked = configs.parse(TrainConfig, configs.override(data, [*(settings or []), *configs.settings(flags)]))
     made = fit(Store.open(cache), asked, out)
     if as_json:
         print(json.dumps({"folder": str(made.folder), **made.figures}))
@@ -76,7 +75,9 @@ def run(
 def measure(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run, or its dictionary/.")],
     cache: Annotated[Path | None, typer.Option("--store", help="The store to measure on; none: the run's own.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of each split to read at most.")] = 131_072,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of each split to read at most; none: as the run did.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -85,7 +86,9 @@ def measure(
     Example: train measure runs/dedicated-batch_topk-16384
     """
     dictionary = Dictionary.load(run_folder, device)
-    figures = measuring.measure(dictionary, Store.open(cache or _own_store(run_folder)), rows, quiet=as_json)
+    store = Store.open(cache or _own_store(run_folder))
+    _require_same_sites(run_folder, store, dictionary)
+    figures = measuring.measure(dictionary, store, rows or _own_rows(run_folder), quiet=as_json)
     print(json.dumps(figures) if as_json else report.text(figures))
 
 
@@ -97,7 +100,7 @@ def methods(as_json: Json = False) -> None:
     """
     found = {name: method_files.find(name) for name in method_files.names()}
     if as_json:
-        keys = {name: {k: repr(f.default) for k, f in kind.model_fields.items()} for name, kind in found.items()}
+        keys = {name: {k: f.default for k, f in kind.model_fields.items()} for name, kind in found.items()}
         print(json.dumps(keys))
         return
     for name, kind in found.items():
@@ -122,14 +125,34 @@ def show(
     if as_json:
         print(json.dumps(described))
         return
-    print(
-        f"method      {described['method']}\nnorm        {described['norm']}\nparameters  {described['parameters']:,}"
-    )
+    keys = ", ".join(f"{key} {value}" for key, value in described["method"].items() if key != "name")
+    print(f"method      {described['method']['name']}: {keys}")
+    print(f"norm        {described['norm']}\nparameters  {described['parameters']:,}")
     for name, width in described["sources"].items():
         print(f"source      {name}: width {width}, scale factor {described['scale'][name]:.6g}")
     for span in described["spans"]:
         ends = f"{' + '.join(span['readers'])} -> {' + '.join(span['writers'])}"
         print(f"span        {span['name']}: {span['size']:,} latents, {ends}")
+
+
+def _require_same_sites(folder: Path, store: Store, dictionary: Dictionary) -> None:
+    """Figures on rows of another site look like any others."""
+    for candidate in (folder, folder.parent):
+        if (candidate / report.STORE).exists():
+            trained_on = files.read_json(candidate / report.STORE)["sources"]
+            for name in dictionary.wiring.widths:
+                asked, found = trained_on[name]["site"], store.source(name).site
+                if asked != found:
+                    way_out = "Give a store of the site that it was trained on"
+                    raise StoreError(f"{name} is another site in this store", f"{asked} -> {found}", way_out)
+
+
+def _own_rows(folder: Path) -> int:
+    """How many rows the run itself was measured on, so that its figures come out again."""
+    for candidate in (folder, folder.parent):
+        if (candidate / report.CONFIG).exists():
+            return configs.parse(TrainConfig, configs.read_toml(candidate / report.CONFIG)).log.measure_rows
+    return LogConfig().measure_rows
 
 
 def _own_store(folder: Path) -> Path:

@@ -46,7 +46,7 @@ class Code(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """f_BL, without a graph to the kept entries where they are sparse."""
+        """f_BL."""
 
     @abstractmethod
     def write(self, W_SD: Tensor, ports: Ports) -> Tensor:

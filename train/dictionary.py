@@ -4,6 +4,7 @@ Letters: B rows of a batch, D width of a source, L latents, S latents of one sou
 """
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from shared import files
 from shared.device import device_of
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, RowsError
 from train import method as methods
 from train.code import Activation, DenseCode, Forward, Ports, Pre
 from train.scale import Scale
@@ -100,31 +101,48 @@ class Dictionary(nn.Module):
         self.writes = {name: ports.to(device) for name, ports in self.writes.items()}
         return self
 
+    def extra_repr(self) -> str:
+        spans = ", ".join(f"{span.name} {span.size:,}" for span in self.wiring.spans)
+        return f"{self.method.name}; {self.latents:,} latents: {spans}"
+
     @property
     def latents(self) -> int:
         return self.wiring.latents
 
     def pre(self, x: Mapping[str, Tensor]) -> Pre:
-        """The pre-activations of raw rows {reader: [B, D]}."""
-        scaled = {name: self.scale.scaled(name, x[name]) for name in self.wiring.readers}
+        """The pre-activations of raw rows {reader: [B, D]}. Raises RowsError where they do not fit."""
+        scaled = {name: self.scale.scaled(name, self._rows(name, x)) for name in self.wiring.readers}
         return Pre(self.wiring, scaled, {n: self.encoder[n] for n in self.encoder}, self.reads, self.activation.bias_L)
+
+    def _rows(self, source: str, x: Mapping[str, Tensor]) -> Tensor:
+        width, way_out = self.wiring.widths[source], "Give {source: rows [B, width]}, as Store.read does"
+        if source not in x:
+            raise RowsError("no rows of a source that the dictionary takes", source, way_out)
+        rows_BD = torch.as_tensor(x[source])
+        if rows_BD.ndim != 2 or rows_BD.shape[1] != width:
+            value = f"{source} has the shape {tuple(rows_BD.shape)}, not (B, {width})"
+            raise RowsError("rows that do not fit the dictionary", value, way_out)
+        return rows_BD
 
     def forward(self, x: Mapping[str, Tensor]) -> Forward:
         """One pass over raw rows {source: float32 [B, D]} of every reader and writer. Changes nothing."""
         norm_L = self.norms()
         pre = self.pre(x)
         code = self.activation(pre, norm_L)
-        target = {name: self.scale.scaled(name, x[name]) for name in self.wiring.writers}
+        target = {name: self.scale.scaled(name, self._rows(name, x)) for name in self.wiring.writers}
         y = {name: code.write(self.decoder[name], self.writes[name]) + self.bias[name] for name in self.wiring.writers}
         return Forward(target, y, code, pre, norm_L)
 
     def encode(self, x: Mapping[str, Tensor]) -> Tensor:
-        """The codes f_BL of raw rows {reader: [B, D]}."""
+        """The codes f_BL of raw rows {reader: [B, D]}. Those of sparse methods have no gradient to the rows."""
         code = self.activation(self.pre(x), self.norms())
         return code.dense()
 
     def decode(self, f_BL: Tensor) -> dict[str, Tensor]:
         """Raw rows {writer: [B, D]} of codes."""
+        if f_BL.ndim != 2 or f_BL.shape[1] != self.latents:
+            value = f"{tuple(f_BL.shape)}, not (B, {self.latents})"
+            raise RowsError("codes that do not fit the dictionary", value, "Give what encode returns")
         code = DenseCode(f_BL, f_BL)
         return {
             name: self.scale.raw(name, code.write(self.decoder[name], self.writes[name]) + self.bias[name])
@@ -181,7 +199,7 @@ class Dictionary(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "Dictionary":
-        """A saved dictionary, in evaluation mode, from its folder or from that of the run.
+        """A saved dictionary from its folder or from that of the run: in evaluation mode, its weights without gradient.
 
         Raises CheckpointError where there is none, ConfigError for a device that cannot be used.
         """
@@ -196,11 +214,18 @@ class Dictionary(nn.Module):
             ) from None
         if saved.get("format") != FORMAT:
             raise CheckpointError("another format of dictionary", saved.get("format"), f"This version reads {FORMAT}")
-        spans = tuple(Span(s["name"], s["size"], tuple(s["readers"]), tuple(s["writers"])) for s in saved["spans"])
-        wiring = Wiring(spans, saved["sources"])
-        made = create(wiring, methods.parse(saved["method"]), Scale(saved["sources"]), saved["norm"], steps=1)[0]
-        made.load_state_dict(weights)
-        return made.to(device_of(device)).eval()
+        try:
+            spans = tuple(Span(s["name"], s["size"], tuple(s["readers"]), tuple(s["writers"])) for s in saved["spans"])
+            wiring = Wiring(spans, saved["sources"])
+            made = create(wiring, methods.parse(saved["method"]), Scale(saved["sources"]), saved["norm"], steps=1)[0]
+            made.load_state_dict(weights)
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                "config and weights do not fit each other", path, f"Save it again ({reason})"
+            ) from None
+        made.activation.schedule(sys.maxsize)
+        return made.to(device_of(device)).eval().requires_grad_(False)
 
 
 def create(

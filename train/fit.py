@@ -1,9 +1,11 @@
 """A run: one loader feeds the trainer; when to log, to checkpoint and to measure is decided here."""
 
+import itertools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,14 @@ import torch
 
 from shared import config as configs
 from shared import files
-from shared.device import device_of
+from shared.device import device_of, torch_threads
 from shared.errors import CheckpointError, ConfigError, TrainingError
 from shared.log import Log, bar
 from shared.store import Store
 from train import checkpoint, dictionary, measure, report, scale, wiring
 from train.config import TrainConfig
 from train.loader import Loader
-from train.order import Order, default_block_rows, default_window_blocks
+from train.order import Order, companions, default_block_rows, default_window_blocks
 from train.reader import kept_rows
 from train.trainer import Trainer
 
@@ -29,26 +31,32 @@ class Run:
 
     folder: Path
     dictionary: dictionary.Dictionary
-    figures: dict[str, Any]
+    figures: dict[str, Any] = field(repr=False)
 
 
 def fit(
-    store: Store, config: TrainConfig | Mapping[str, Any], folder: str | Path | None = None, quiet: bool = False
-) -> Run:
-    """Train one dictionary on a store. `config` is a TrainConfig or its tables as a mapping.
+    store: Store | str | Path, config: TrainConfig | Mapping[str, Any], folder: str | Path | None = None,
+    quiet: bool = False,
+) -> Run:  # fmt: skip
+    """Train one dictionary on a store, or on that at a path. `config` is a TrainConfig or its tables as a mapping.
 
     The folder (none: a new one below runs/) gets config.toml, store.json, metrics.jsonl, checkpoints/, dictionary/,
     measure.json and report.html. Raises ConfigError, WiringError, StoreError, TrainingError or CheckpointError.
     """
     asked = configs.parse(TrainConfig, config) if isinstance(config, Mapping) else config
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
-    path = _new_folder(folder, asked)
+    opened = Store.open(store) if isinstance(store, str | Path) else store
+    with torch_threads(asked.threads):
+        return _fit(opened, asked, folder, quiet)
+
+
+def _fit(store: Store, asked: TrainConfig, folder: str | Path | None, quiet: bool) -> Run:
+    _require_free(folder)
     made = prepare(store, asked)
-    files.write_atomic(path / report.CONFIG, configs.to_toml(asked).encode())
+    path = _claim(folder, asked)
     files.write_json(path / report.STORE, _origin(store, made.sources))
     with Log(path / report.METRICS, quiet) as log:
-        log.event("start", _opening(made, path), **{"dropped": made.dropped, "kept": made.order.kept})
+        mixing = companions(asked.batch, made.order.block_rows, made.order.window_blocks * made.order.block_rows)
+        log.event("start", _opening(made, path), dropped=made.dropped, kept=made.order.kept, companions=mixing)
         _train(store, made, path, log)
         trained = made.trainer.dictionary.eval()
         trained.save(path / "dictionary")
@@ -56,7 +64,7 @@ def fit(
         files.write_json(path / report.MEASURE, figures)
         log.event("measure", figures=figures)
     report.write(path)
-    return Run(path, trained, figures)
+    return Run(path, trained.requires_grad_(False), figures)
 
 
 @dataclass(frozen=True)
@@ -77,10 +85,17 @@ def prepare(store: Store, config: TrainConfig) -> Made:
     if len(widths) < len(sources):
         raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
     wires = wiring.build(config.wiring.kind, widths, config.wiring.latents, config.wiring.exclusive)
+    if config.method.settled() > config.steps:
+        value = f"{config.method.settled()} > {config.steps}"
+        raise ConfigError("the method's schedule is longer than the run", value, "Raise steps, or shorten the schedule")
     config.method.build(wires, config.steps)  # refuses before the store is read, as does the next line
     device = device_of(config.device)
+    measure.require_held_out(store, sources)  # the figures come last, and must not fail then
     kept = kept_rows(store, sources)
     order = Order(kept.kept_N, _block_rows(store, widths), default_window_blocks(config.batch), config.seed)
+    if config.batch > order.kept:
+        value = f"{config.batch:,} > {order.kept:,}"
+        raise ConfigError("the batch is larger than the rows that are kept", value, "Lower batch, or harvest more rows")
     scaled = scale.fit(store, sources, order, config.scale.kind, config.scale.centre)
     made, terms = dictionary.create(wires, config.method, scaled, config.wiring.norm, config.steps)
     made.initialise(config.seed, config.wiring.decoder_norm or dictionary.default_decoder_norm(wires))
@@ -100,25 +115,37 @@ def _block_rows(store: Store, widths: Mapping[str, int]) -> int:
     return default_block_rows(store.chunk_rows, 2 * min(widths.values()))
 
 
-def _new_folder(folder: str | Path | None, config: TrainConfig) -> Path:
-    """Never one that holds a run already."""
-    if folder is not None:
-        if (Path(folder) / report.CONFIG).exists():
-            raise CheckpointError("this folder holds a run already", folder, "Give another folder (--out)")
-        if Path(folder).exists() and not Path(folder).is_dir():
-            raise CheckpointError("this is a file", folder, "Give a folder (--out)")
-        return Path(folder)
+def _require_free(folder: str | Path | None) -> None:
+    """Before any work, what `_claim` would refuse after it."""
+    if folder is not None and (Path(folder) / report.CONFIG).exists():
+        raise CheckpointError("this folder holds a run already", folder, "Give another folder (--out)")
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        raise CheckpointError("this is a file", folder, "Give a folder (--out)")
+    if folder is not None and Path(folder).exists() and any(Path(folder).iterdir()):
+        raise CheckpointError("this folder is in use and holds no run", folder, "Give another folder (--out)")
+
+
+def _claim(folder: str | Path | None, config: TrainConfig) -> Path:
+    """The run's folder with its config.toml, which one run alone can make."""
     name = f"{config.wiring.kind}-{config.method.name}-{config.wiring.latents}"
-    numbers = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10**6))
-    return next(path for path in numbers if not path.exists())
+    numbered = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+    for path in [Path(folder)] if folder is not None else numbered:
+        with suppress(FileExistsError):
+            path.mkdir(parents=True, exist_ok=folder is not None)
+            with (path / report.CONFIG).open("x", encoding="utf-8") as file:
+                file.write(configs.to_toml(config))
+            return path
+    raise CheckpointError("this folder holds a run already", folder, "Give another folder (--out)")
 
 
 def _opening(made: Made, path: Path) -> str:
+    short = made.config.optimiser.warmup >= made.config.steps
+    note = "\noptimiser.warmup is as long as the run: the learning rate never reaches its peak" if short else ""
     dropped = ", ".join(f"{name} {count:,}" for name, count in made.dropped.items() if count)
     epochs = made.config.steps * made.config.batch / made.order.kept
     return (
         f"training {made.config.wiring.kind} {made.config.method.name} in {path}: {made.order.kept:,} rows (dropped: "
-        f"{dropped or 'none'}), {made.config.steps:,} steps of {made.config.batch:,} rows, {epochs:.1f} epochs"
+        f"{dropped or 'none'}), {made.config.steps:,} steps of {made.config.batch:,} rows, {epochs:.1f} epochs{note}"
     )
 
 

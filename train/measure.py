@@ -3,8 +3,7 @@
 Letters: B rows of a batch, N rows measured, D width of a source, L latents, W writers.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,9 +49,9 @@ class Sums:
         self.sum_D += x_BD.sum(0).cpu()
         self.cosine += float(torch.cosine_similarity(x_BD, y_BD, dim=1).sum())
 
-    def result(self, rows: int, factor: float) -> dict[str, float]:
+    def result(self, rows: int, factor: float) -> dict[str, float | None]:
         spread = self.square - float(self.sum_D.square().sum()) / rows
-        fve = 1 - self.error / spread if spread > 0 else math.nan
+        fve = 1 - self.error / spread if spread > 0 else None  # all rows alike
         return {"fve": fve, "mse": self.error / rows / factor**2, "cosine": self.cosine / rows}
 
 
@@ -174,11 +173,21 @@ def measure(dictionary: Dictionary, store: Store, most: int = 131_072, quiet: bo
         return held_out.result(training.fires_L) | {"training_rows": training.rows}
 
 
+def require_held_out(store: Store, sources: Sequence[str]) -> np.ndarray:
+    """The held-out rows that measures read, a mask. Raises StoreError where there is none."""
+    kept_N = kept_rows(store, list(sources), HELD_OUT).kept_N
+    if not kept_N.any():
+        documents = f"{store.path} holds out {store.header.plan['documents_held_out']} documents"
+        way_out = "Harvest more documents, or a larger share of them (rows.held_out)"
+        raise StoreError("no held-out row to measure on", documents, way_out)
+    return kept_N
+
+
 def _sample(store: Store, dictionary: Dictionary, split: int, most: int) -> np.ndarray:
-    kept = kept_rows(store, sources_of(dictionary), split).kept_N
-    if not kept.any() and split == HELD_OUT:
-        way_out = "Harvest with rows.held_out above 0, or more documents"
-        raise StoreError("no held-out row to measure on", store.path, way_out)
+    sources = sources_of(dictionary)
+    kept = require_held_out(store, sources) if split == HELD_OUT else kept_rows(store, sources, split).kept_N
+    if not kept.any():  # a store for evaluation alone
+        return np.empty(0, np.int64)
     return Order(kept, store.chunk_rows, 1, seed=0).sample(most, seed=0)
 
 

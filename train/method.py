@@ -31,6 +31,10 @@ class MethodConfig(config.Config, ABC):
 
     name: str
 
+    def settled(self) -> int:
+        """The step from which its schedules stand still."""
+        return 0
+
     @abstractmethod
     def build(self, wiring: Wiring, steps: int) -> Method:
         """Raises WiringError, with the reason, for a wiring on which the method makes no sense."""
@@ -44,6 +48,9 @@ class TopKConfig(MethodConfig, ABC):
     k_anneal: int = Field(0, ge=0)  # steps from k_start to k; 0: k from the first step on
     aux: float = Field(1 / 32, ge=0)  # weight of AuxK
     k_aux: int | None = Field(None, ge=1)  # dead latents per row in AuxK; none: half the mean width of the sources
+
+    def settled(self) -> int:
+        return self.k_anneal if self.k_start is not None else 0
 
     def k_at(self, wiring: Wiring) -> Schedule:
         """k over steps. Raises WiringError where it is larger than the latents."""

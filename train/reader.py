@@ -43,9 +43,10 @@ def kept_rows(store: Store, sources: Iterable[str], split: int = TRAIN, drop: Co
     names = list(sources)
     models = sorted({store.source(name).model for name in names})
     other_split_n = store.column("documents/split") != split
-    kept_N, dropped = np.empty(store.rows, bool), dict.fromkeys(("split", "masked", *drop), 0)
+    other = "held_out" if split == TRAIN else "training"
+    kept_N, dropped = np.empty(store.rows, bool), dict.fromkeys((other, "masked", *drop), 0)
     for shard in range(store.shards):
-        hits = _hits(store, names, models, shard) | {"split": other_split_n[store.map("rows/document", shard)]}
+        hits = _hits(store, names, models, shard) | {other: other_split_n[store.map("rows/document", shard)]}
         keep_S = np.ones(len(store.rows_of(shard)), bool)
         for rule in dropped:
             dropped[rule] += int(np.count_nonzero(keep_S & hits[rule]))

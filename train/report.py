@@ -70,13 +70,13 @@ def tables(figures: Mapping[str, Any]) -> list[list[list[str]]]:
     for name, one in figures["sources"].items():
         exclusive = "-" if one["exclusive"] is None else f"{one['exclusive']:,}"
         source.append(
-            [name, f"{one['fve']:.4f}", f"{one['mse']:.5g}", f"{one['cosine']:.4f}", f"{one['l0']:.2f}", exclusive]
+            [name, _short(one["fve"], ".4f"), _short(one["mse"]), f"{one['cosine']:.4f}", f"{one['l0']:.2f}", exclusive]
         )
     span = [["span", "latents", "alive", "dead", "L0"]]
     for name, one in figures["spans"].items():
         span.append([name, f"{one['latents']:,}", f"{one['alive']:,}", f"{one['dead']:.2%}", f"{one['l0']:.2f}"])
     whole = [
-        ["dictionary", "latents", "L0", "dead", "dense", "held-out rows"],
+        ["dictionary", "latents", "L0", "dead", "dense", "held-out rows", "training rows"],
         [
             "all",
             f"{figures['latents']:,}",
@@ -84,9 +84,17 @@ def tables(figures: Mapping[str, Any]) -> list[list[list[str]]]:
             f"{figures['dead']:.2%}",
             f"{figures['dense']:.2%}",
             f"{figures['rows']:,}",
+            f"{figures['training_rows']:,}",
         ],
     ]
     return [source, span, whole]
+
+
+def _short(value: float | None, form: str = "") -> str:
+    """- for what no row defines."""
+    if value is None:
+        return "-"
+    return f"{value:{form}}" if form else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def text(figures: Mapping[str, Any]) -> str:
@@ -121,16 +129,26 @@ def _legend(figures: Mapping[str, Any]) -> str:
 
 def _loss(steps: Sequence[Mapping[str, Any]]) -> str:
     def draw(axes: "Axes") -> None:
-        axes.plot([s["step"] for s in steps], [s["loss"] for s in steps])
+        axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], marker=_marker(steps))
         axes.set(title="Loss", xlabel="step", ylabel="loss", yscale="log")
 
     return _picture(draw)
 
 
+def _marker(steps: Sequence[Mapping[str, Any]]) -> str:
+    """A short run has few points, and one point makes no line."""
+    return "." if len(steps) < 20 else ""
+
+
 def _fve(steps: Sequence[Mapping[str, Any]]) -> str:
     def draw(axes: "Axes") -> None:
         for key in [key for key in steps[0] if key.startswith("fve/")]:
-            axes.plot([s["step"] for s in steps], [s[key] for s in steps], label=key.removeprefix("fve/"))
+            axes.plot(
+                [s["step"] for s in steps],
+                [s[key] for s in steps],
+                marker=_marker(steps),
+                label=key.removeprefix("fve/"),
+            )
         axes.set(title="Fraction of variance explained (training batches)", xlabel="step", ylabel="FVE")
         axes.set_ylim(min(0.0, *axes.get_ylim()), 1)
         axes.legend()
@@ -161,7 +179,7 @@ def _r(figures: Mapping[str, Any]) -> str:
             title="Relative decoder norm of live latents",
             xlabel=f"R = |d_{'x' if len(shown) > 1 else shown[0]}| / ({others})",
         )
-        axes.set(ylabel="latents", yscale="symlog")
+        axes.set(ylabel="latents (log scale)", yscale="symlog")
         if len(shown) > 1:
             axes.legend()
 

@@ -49,7 +49,7 @@ def fit(store: Store, sources: Sequence[str], order: Order, kind: Kind, centre: 
 
     mean    the mean of a source's rows, exact, where `centre`; else 0
     factor  none:         1
-            rms:          brings the mean square of a centred row's component to 1
+            rms:          brings the mean square of a component (behind the centring, where asked) to 1
             median_norm:  brings the median norm of a centred row to the square root of the sources' mean width (the
                           rule of the DFC paper, arXiv 2602.11729 section 3, there without centring)
     Raises StoreError for a source whose rows are all alike.

@@ -126,4 +126,6 @@ def _dedicated(
 
 def _size(exclusive: float | int | Mapping[str, float | int], name: str, latents: int) -> int:
     size = exclusive[name] if isinstance(exclusive, Mapping) else exclusive
+    if size <= 0:
+        raise WiringError("wiring.exclusive is not above 0", f"{name} {size}", "Give latents (2) or a share (0.05)")
     return size if isinstance(size, int) else round(size * latents)

@@ -1,6 +1,5 @@
 """The harvest command as a user meets it: what it prints, and one line for each mistake."""
 
-import ast
 import json
 import shutil
 import subprocess
@@ -156,18 +155,19 @@ def test_every_command_has_help_with_an_example(harvest: Harvest, command: str) 
 
 def test_inspect_shows_aligned_tokens_side_by_side_with_norms(harvest: Harvest, pair: Store) -> None:
     records = harvest("inspect", pair.path, "--rows", "0:120", "--json").json
-    assert [record["row"] for record in records] == [str(row) for row in range(120)]
+    assert [record["row"] for record in records] == list(range(120))
     texts = {f"doc {number}": text for number, text in enumerate(TEXTS)}
     norms = pair.column("norms/gemma")
     for record in records:
-        one, two = (ast.literal_eval(record[name]) for name in ("llama", "gemma"))
+        first, second = record["models"]["llama"], record["models"]["gemma"]
+        one, two = first["token"], second["token"]
         assert one.endswith(two) or two.endswith(one)
         assert one
         assert two
         assert one in texts[record["document"]]
-        assert float(record["|gemma|"].split()[0]) == pytest.approx(norms[int(record["row"])], abs=0.06)
-        assert int(record["gemma@"].split()[0]) == int(record["llama@"].split()[0]) + 1 or record["row"] != "0"
-    assert records[0]["llama@"] == "0 first"
+        assert record["sources"]["gemma"] == {"norm": pytest.approx(float(norms[record["row"]])), "faults": []}
+        assert second["position"] == first["position"] + 1 or record["row"] > 0
+    assert records[0]["models"]["llama"]["flags"] == ["first"]
     lines = harvest("inspect", pair.path).out.splitlines()
     assert len(lines) == 21
     assert lines[0].split() == [
@@ -185,9 +185,9 @@ def test_inspect_shows_aligned_tokens_side_by_side_with_norms(harvest: Harvest, 
 
 @pytest.mark.parametrize(
     ("rows", "shown"),
-    [("7", ["7"]), ("3:5", ["3", "4"]), ("118:", ["118", "119"]), (":2", ["0", "1"]), ("119:999", ["119"])],
+    [("7", [7]), ("3:5", [3, 4]), ("118:", [118, 119]), (":2", [0, 1]), ("119:999", [119])],
 )
-def test_inspect_takes_a_row_or_a_range(harvest: Harvest, pair: Store, rows: str, shown: list[str]) -> None:
+def test_inspect_takes_a_row_or_a_range(harvest: Harvest, pair: Store, rows: str, shown: list[int]) -> None:
     assert [record["row"] for record in harvest("inspect", pair.path, "--rows", rows, "--json").json] == shown
 
 

@@ -68,6 +68,12 @@ def test_a_parquet_file_has_a_document_per_row(tmp_path: Path) -> None:
     assert [document.id for document in read(path, text="body", id="number")] == ["7", "8", "9"]
 
 
+@pytest.mark.parametrize("value", [["a", "b"], [{"role": "user"}], 7, True])
+def test_a_field_that_holds_no_text_is_refused(tmp_path: Path, value: Any) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": value}])
+    assert f"the field 'text' in {path}, line 1 is no text: {type(value).__name__}. Set" in refused(path)
+
+
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.txt").write_text("b")

@@ -1,6 +1,5 @@
 """Tokens of a store as a person reads them, each with the characters that it adds."""
 
-import ast
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ def shown(home: Path, folder: Path, text: str, names: tuple[str, ...]) -> list[t
     store = harvest(asked)
     tokenizers = {name: models.load_tokenizer(models.resolve(str(home / name))) for name in names}
     records = table(store, range(store.rows), tokenizers)
-    return [tuple(ast.literal_eval(record[name]) for name in names) for record in records]
+    return [tuple(record["models"][name]["token"] for name in names) for record in records]
 
 
 def test_a_character_of_several_tokens_is_shown_at_its_last(home: Path, tmp_path: Path) -> None:

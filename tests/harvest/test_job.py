@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from harvest.job import prepare
-from shared.errors import ModelError, SiteError
+from shared.errors import ConfigError, ModelError, SiteError
 from shared.log import Log
 from shared.store import Store
 from tests.harvest.pair import config, harvest, one
@@ -34,6 +34,12 @@ def test_pairs_need_fast_tokenizers_and_a_model_on_its_own_does_not(home: Path, 
     store = harvest(config(home, tmp_path / "y.zarr", models=asked, rows={"count": 40}))
     assert store.header.plan["alignment"] == "identical"
     assert set(store.column("tokens/slow/end").tolist()) == {-1}
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="this device cannot be used: cuda:99"):
+        harvest(config(home, tmp_path / "x.zarr", device="cuda:99"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_threads_and_device_are_no_part_of_the_id(home: Path, pair: Store) -> None:

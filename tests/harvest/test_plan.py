@@ -434,3 +434,19 @@ def test_bytes_on_disk_are_those_of_the_arrays() -> None:
     sizes = plan.stored_bytes(summary, tables, [Source("a", "m", "resid.1", 3)])
     moments = 2 * 8 * (2 + 2 * 3 + 768) * 8
     assert sizes == {"a": 12 * 3 * 2 + 16 * (4 + 1) + moments, "plan": 40}
+
+
+@pytest.mark.parametrize(
+    ("rows", "held_out", "said"),
+    [
+        (100, 2, []),
+        (60, 2, ["the corpus gives 60 rows, fewer than rows.count = 100"]),
+        (100, 0, ["0 of 5 documents are held out, and training needs both kinds: give more documents, or another"]),
+        (100, 5, ["5 of 5 documents are held out, and training needs both kinds: give more documents, or another"]),
+    ],
+)
+def test_a_plan_that_will_disappoint_says_so(rows: int, held_out: int, said: list[str]) -> None:
+    model = {"path": "m", "sites": "resid.1"}  # one site needs no list
+    config = HarvestConfig.model_validate({"models": {"m": model}, "rows": {"count": 100}})
+    notes = plan.notes({"rows": rows, "documents": 5, "documents_held_out": held_out}, config)
+    assert [note[: len(start)] for note, start in zip(notes, said, strict=True)] == said

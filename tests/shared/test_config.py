@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import field_validator
 
-from shared.config import Config, canonical, differences, fingerprint, keys_of, override, parse, read_toml, to_toml
+from shared.config import (
+    Config,
+    canonical,
+    differences,
+    fingerprint,
+    keys_of,
+    override,
+    parse,
+    read_toml,
+    required,
+    settings,
+    to_toml,
+)  # fmt: skip
 from shared.errors import ConfigError
 
 
@@ -283,3 +296,45 @@ def test_a_tuple_is_no_other_value_than_the_list_that_json_made_of_it() -> None:
 def test_there_are_differences_exactly_where_fingerprints_differ(old: dict[str, Any], new: dict[str, Any]) -> None:
     assert bool(differences(old, new)) == (fingerprint(old) != fingerprint(new))
     assert differences(old, reordered(old)) == []
+
+
+@pytest.mark.parametrize("value", ["x.zarr", "\U0001f600 \u00e9.zarr", 'a"b\\c', "3", "true", 7, 0.5, ["a", "b"], True])
+def test_a_flag_reaches_its_key_as_it_was_given(value: Any) -> None:
+    assert override({}, settings({"store.path": value, "other": None})) == {"store": {"path": value}}
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_number_that_json_cannot_hold_is_refused(value: float) -> None:
+    class Some(Config):
+        lr: float
+
+    with pytest.raises(ConfigError, match="wrong value for lr: "):
+        parse(Some, {"lr": value})
+
+
+class Inner(Config):
+    size: int
+    kind: str = "a"
+
+
+class Outer(Config):
+    inner: Inner
+    named: dict[str, Inner]
+    steps: int
+    other: Inner | None = None
+
+
+def test_a_missing_table_is_asked_for_by_its_own_missing_key() -> None:
+    assert required(Outer) == ["inner.size", "named", "steps"]
+    whole = {"inner": {"size": 1}, "named": {}, "steps": 3}
+    assert parse(Outer, whole).steps == 3
+    for key, table in (("inner.size", "inner"), ("named", "named"), ("steps", "steps")):
+        with pytest.raises(ConfigError, match=rf"^missing key: {key}\. Add it to the file, or give --set {key}=VALUE"):
+            parse(Outer, {name: value for name, value in whole.items() if name != table})
+    with pytest.raises(ConfigError, match=r"^missing key: inner\.size\. "):
+        parse(Outer, {**whole, "inner": {}})
+
+
+def test_a_misspelt_key_is_told_before_the_one_that_it_leaves_missing() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown key: stepz\. Did you mean steps"):
+        parse(Outer, {"inner": {"size": 1}, "named": {}, "stepz": 3})

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from shared.device import device_of
+from shared.device import device_of, torch_threads
 from shared.errors import ConfigError
 
 
@@ -15,3 +15,13 @@ def test_a_device_that_cannot_be_used_is_one_line(name: str) -> None:
     with pytest.raises(ConfigError) as error:
         device_of(name)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_torch_has_its_threads_back_behind_the_block() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before
+    with torch_threads(None):
+        assert torch.get_num_threads() == before

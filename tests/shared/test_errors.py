@@ -1,5 +1,10 @@
 """A user's mistake is one line with its exit code; our own mistake keeps its traceback."""
 
+import errno
+import shlex
+import subprocess
+import sys
+
 import pytest
 
 from shared import errors
@@ -28,6 +33,20 @@ def test_an_interrupt_is_one_word_and_the_shells_own_code(capsys: pytest.Capture
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_what_the_system_refuses_is_one_line_with_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, one_line():
+        raise OSError(errno.ENOSPC, "No space left on device", "x.zarr/sealed")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: No space left on device: x.zarr/sealed\n"
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    program = "from shared.errors import one_line\nwith one_line():\n    print('x' * 10**6, flush=True)"
+    command = f"{sys.executable} -c {shlex.quote(program)} | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("x", "")
 
 
 def test_our_own_mistake_keeps_its_traceback() -> None:

@@ -5,6 +5,7 @@ Letters: B segments of a batch, T positions, D width.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -418,3 +419,26 @@ def test_the_self_check_compares_what_is_finite_of_a_model_that_overflows(llama:
     tamper(llama, 1, (1, 2))
     with pytest.raises(GranaryError, match=r"resid.1 is not the model's own hidden state: largest .* 1\b"):
         hooks.self_check(llama, RESID, *padded_batch())
+
+
+class Towers(nn.Module):
+    """A model of several modalities: lists of blocks at `paths`, all of one length."""
+
+    def __init__(self, *paths: str) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=2)
+        for path in paths:
+            outer = nn.Module()
+            outer.layers = nn.ModuleList([nn.Identity(), nn.Identity()])
+            self.add_module(path, outer)
+
+
+def test_the_blocks_are_those_of_the_text_and_two_candidates_are_refused() -> None:
+    assert hooks.blocks(Towers("vision_tower", "language_model"))[0] == "language_model.layers"
+    assert hooks.blocks(Towers("encoder"))[0] == "encoder.layers"
+    with pytest.raises(SiteError, match=r"cannot find the model's blocks: Towers \(one.layers or two.layers\)"):
+        hooks.blocks(Towers("one", "two"))
+    nested = Towers("model")
+    for block in nested.model.layers:
+        block.experts = nn.ModuleList([nn.Identity(), nn.Identity()])
+    assert hooks.blocks(nested)[0] == "model.layers"

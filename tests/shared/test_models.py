@@ -1,7 +1,9 @@
 """Models are found where they lie, refused in one line where they do not, and known by what they hold."""
 
+import fnmatch
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -234,3 +236,95 @@ def test_a_slow_tokenizer_has_a_fingerprint_too(tmp_path: Path) -> None:
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
     assert tokenizer_print(tmp_path / "ByT5Tokenizer") == tokenizer_print(tmp_path / "ByT5Tokenizer")
     assert tokenizer_print(tmp_path / "ByT5Tokenizer") != tokenizer_print(tmp_path / "CanineTokenizer")
+
+
+# --- packages, the hub and fp16 -------------------------------------------------------------------------------------
+
+
+def parts_package(folder: Path, content: bytes) -> None:
+    """A package whose `assemble` writes a GGUF file, and refuses one that is there and another."""
+    folder.mkdir()
+    (folder / "in_parts.py").write_text(f"""
+CONTENT = {content!r}
+
+def assemble(target, overwrite=False):
+    if target.exists() and not overwrite:
+        if target.read_bytes() != CONTENT:
+            raise FileExistsError(target)
+        return target
+    target.write_bytes(CONTENT)
+    return target
+""")
+
+
+@pytest.mark.parametrize("left", [None, b"GG", b"of another version"])
+def test_a_package_in_parts_is_put_together_whatever_was_left_there(
+    left: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts_package(tmp_path / "site", b"GGUF, whole")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("GRANARY_CACHE", str(tmp_path / "cache"))
+    target = tmp_path / "cache" / "gguf" / "in_parts.gguf"
+    if left is not None:
+        target.parent.mkdir(parents=True)
+        target.write_bytes(left)
+    try:
+        for _ in range(2):
+            assert models._gguf_in_package("in_parts") == target
+            assert target.read_bytes() == b"GGUF, whole"
+            assert list(target.parent.iterdir()) == [target]
+    finally:
+        sys.modules.pop("in_parts", None)
+
+
+def test_an_assembly_that_is_cut_off_leaves_nothing_under_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "in_parts.py").write_text(
+        "def assemble(target, overwrite=False):\n    target.write_bytes(b'GG')\n    raise KeyboardInterrupt\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("GRANARY_CACHE", str(tmp_path / "cache"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            models._gguf_in_package("in_parts")
+    finally:
+        sys.modules.pop("in_parts", None)
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_a_hub_model_is_fetched_with_its_safetensors_or_else_with_its_bin(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safetensors: bool
+) -> None:
+    if not safetensors:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+    local = tmp_path / "snapshot"
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (name, revision) == ("someone/tiny", "v1")
+        shutil.copytree(folder, local, ignore=lambda _, names: unwanted(names, allow_patterns), dirs_exist_ok=True)
+        return str(local)
+
+    def unwanted(names: list[str], patterns: list[str]) -> set[str]:
+        return {name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    found = models.resolve("someone/tiny", "v1")
+    assert found == models.Checkpoint("someone/tiny", local)
+    own, hub = (models.load(one, "float32", None, "cpu") for one in (resolve(folder), found))
+    ids_BT = torch.arange(5)[None]
+    with torch.inference_mode():
+        assert torch.equal(own(ids_BT).last_hidden_state, hub(ids_BT).last_hidden_state)
+    assert (local / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "runs"),
+    [(torch.float16, "float32"), (torch.bfloat16, "bfloat16"), (torch.float32, "float32")],
+)
+def test_a_model_never_runs_in_fp16_unless_asked(tmp_path: Path, stored: torch.dtype, runs: str) -> None:
+    assert resolve(save_model(tmp_path / "m", "gpt_neox", byte_level(), dtype=stored)).dtype() == runs

@@ -779,7 +779,17 @@ def with_group(content: bytes) -> Break:
     "damage",
     [
         *(not_there, an_empty_folder, a_file, another_zarr_group),
-        *map(with_group, (b"", b'{"attributes": ', b"[]", b'{"attributes": {"granary": {}}}', b"\xff\xfe")),
+        *map(
+            with_group,
+            (
+                b"",
+                b'{"attributes": ',
+                b"[]",
+                b'{"attributes": {"granary": {}}}',
+                b'{"attributes": {"granary": {"format": 1, "models": {}, "sources": {}}}}',
+                b"\xff\xfe",
+            ),
+        ),
         with_group(b'{"attributes": {"granary": "x"}}'),
     ],
 )

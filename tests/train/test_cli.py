@@ -105,6 +105,31 @@ def test_measure_gives_the_figures_of_the_run(store: Store, say: Say, run: Path)
     assert few == measure(Dictionary.load(run), store, 5, quiet=True)
 
 
+def test_measure_refuses_a_store_of_another_site(store: Store, say: Say, run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(store.path, tmp_path / "other.zarr")
+    group = json.loads((other / "zarr.json").read_text())
+    group["attributes"]["granary"]["sources"]["b"]["site"] = "resid.7"
+    text = json.dumps(group).ljust((other / "zarr.json").stat().st_size)
+    (other / "zarr.json").write_text(text)
+    sealed = json.loads((other / "sealed").read_text())
+    sealed["files"]["zarr.json"][0] = len(text)
+    (other / "sealed").write_text(json.dumps(sealed))
+    for folder in (run, run / "dictionary"):
+        said = say("measure", folder, "--store", other)
+        assert said.code == 1
+        assert said.err.startswith(
+            "error: b is another site in this store: resid.1 -> resid.7. Give a store of the site"
+        )
+
+
+def test_measure_reads_as_many_rows_as_the_run_did(store: Store, say: Say, tmp_path: Path) -> None:
+    arguments = ("--method", "topk", "--out", tmp_path / "run", "--set", "log.measure_rows=7", "--json")
+    figures = {k: v for k, v in json.loads(say("run", store.path, *SMALL, *arguments).out).items() if k != "folder"}
+    assert figures["rows"] == 7
+    assert json.loads(say("measure", tmp_path / "run", "--json").out) == figures
+    assert json.loads(say("measure", tmp_path / "run" / "dictionary", "--json").out) == figures
+
+
 def test_a_run_can_be_measured_from_another_folder(
     store: Store, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +143,7 @@ def test_methods_lists_every_method_with_its_keys(say: Say) -> None:
     said, listed = say("methods"), json.loads(say("methods", "--json").out)
     assert said.code == 0 and [line for line in said.out.splitlines() if not line.startswith(" ")] == names()
     assert sorted(listed) == names()
-    assert listed["topk"]["k"] == "32" and "k=32" in said.out
+    assert listed["topk"]["k"] == 32 and "k=32" in said.out
 
 
 def test_show_says_what_a_dictionary_is(say: Say, run: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.errors import CheckpointError, ConfigError
+from shared.errors import CheckpointError, ConfigError, RowsError
 from tests import cases
 from tests.cases import CASES
 from tests.train.dense import Dense, kept
@@ -275,3 +275,60 @@ def test_a_device_that_cannot_be_used_is_refused_by_name(device: str, tmp_path: 
     dictionary("autoencoder", "topk").save(tmp_path / "dictionary")
     with pytest.raises(ConfigError, match=f"this device cannot be used: {device}"):
         Dictionary.load(tmp_path / "dictionary", device)
+
+
+@pytest.mark.parametrize("change", ["a span of another size", "no method", "no sources"])
+def test_a_config_that_does_not_fit_the_weights_is_refused_by_name(change: str, tmp_path: Path) -> None:
+    dictionary("dedicated", "topk").save(tmp_path / "d")
+    saved = json.loads((tmp_path / "d" / "config.json").read_text())
+    if change == "a span of another size":
+        saved["spans"][0]["size"] += 1
+    else:
+        del saved[change.removeprefix("no ")]
+    (tmp_path / "d" / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(CheckpointError, match=r"config and weights do not fit each other: .*d\. Save it again \("):
+        Dictionary.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize("name", cases.names())
+def test_what_a_loaded_dictionary_gives_is_ready_for_numpy(name: str, tmp_path: Path) -> None:
+    dictionary("crosscoder", name).save(tmp_path / "d")
+    loaded = Dictionary.load(tmp_path / "d")
+    codes_BL = loaded.encode(cases.random_rows("crosscoder", 3))
+    assert codes_BL.numpy().shape == (3, loaded.latents)
+    assert all(rows.numpy().shape[0] == 3 for rows in loaded.decode(codes_BL).values())
+    tuned = loaded.requires_grad_(True)(cases.random_rows("crosscoder", 3))
+    sum(y.sum() for y in tuned.y.values()).backward()
+    assert all(parameter.grad is not None for name, parameter in tuned_parameters(loaded))
+
+
+def tuned_parameters(made: Dictionary) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in made.named_parameters() if not name.startswith("encoder")]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"b": None}, "no rows of a source that the dictionary takes: b. Give"),
+        ({"b": torch.zeros(3, 5)}, r"rows that do not fit the dictionary: b has the shape \(3, 5\), not \(B, 16\)"),
+        ({"b": torch.zeros(16)}, r"rows that do not fit the dictionary: b has the shape \(16,\), not \(B, 16\)"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_by_name(change: dict[str, Tensor | None], told: str) -> None:
+    made = dictionary("crosscoder", "topk")
+    given = {**cases.random_rows("crosscoder", 3), **change}
+    x = {name: rows for name, rows in given.items() if rows is not None}
+    for use in (made, made.encode):
+        with pytest.raises(RowsError, match=told):
+            use(x)
+    with pytest.raises(RowsError, match=r"codes that do not fit the dictionary: \(3, 5\), not \(B, 48\)"):
+        made.decode(torch.zeros(3, 5))
+
+
+def test_rows_may_be_arrays() -> None:
+    made, x = dictionary("crosscoder", "topk"), cases.random_rows("crosscoder", 3)
+    assert torch.equal(made.encode({name: rows.numpy() for name, rows in x.items()}), made.encode(x))  # type: ignore[misc]
+
+
+def test_a_dictionary_tells_what_it_is() -> None:
+    assert "topk; 48 latents: only_a 10, shared 28, only_b 10" in repr(dictionary("dedicated", "topk"))

@@ -1,7 +1,10 @@
 """A run from store to report: its folder, its sameness, and what it refuses before any work."""
 
+import importlib
 import json
+import threading
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +158,55 @@ def test_the_folder_of_a_run_and_a_file_are_refused_and_left_alone(run: Run, sto
     with pytest.raises(CheckpointError, match="this is a file"):
         fit(store, ASKED, tmp_path / "file", quiet=True)
     assert (tmp_path / "file").read_text() == "mine"
+    before = sorted(store.path.iterdir())
+    with pytest.raises(CheckpointError, match="this folder is in use and holds no run"):
+        fit(store, ASKED, store.path, quiet=True)
+    assert sorted(store.path.iterdir()) == before
+    (tmp_path / "empty").mkdir()
+    assert fit(store, {**ASKED, "steps": 1}, tmp_path / "empty", quiet=True).folder == tmp_path / "empty"
+
+
+def test_a_store_can_be_given_by_its_path(store: Store, tmp_path: Path, run: Run) -> None:
+    assert weights(fit(str(store.path), ASKED, tmp_path / "run", quiet=True).folder) == weights(run.folder)
+
+
+def test_a_store_in_which_no_document_is_held_out_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    none = make_store(tmp_path / "none.zarr", rows=50, documents=3, held_out=0.0)
+    with pytest.raises(StoreError, match=r"no held-out row to measure on: .*none.zarr holds out 0 documents. Harvest"):
+        fit(none, ASKED, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_begin_at_once_have_folders_of_their_own(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are past every check before either has made its folder."""
+    monkeypatch.chdir(tmp_path)
+    both = threading.Barrier(2)
+    fits = importlib.import_module("train.fit")  # train.fit is the function
+    genuine = fits.prepare
+
+    def prepare(*given: Any) -> Any:
+        made = genuine(*given)
+        both.wait(60)
+        return made
+
+    monkeypatch.setattr(fits, "prepare", prepare)
+    path = store.path.absolute()
+
+    def run(seed: int, folder: str | None) -> Path | str:
+        try:
+            return fit(Store.open(path), {**ASKED, "steps": 2, "seed": seed}, folder, quiet=True).folder
+        except CheckpointError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, (1, 2), (None, None)))
+        assert sorted(map(str, found)) == ["runs/dedicated-batch_topk-32", "runs/dedicated-batch_topk-32-2"]
+        for seed, folder in zip((1, 2), found, strict=True):
+            assert f"seed = {seed}\n" in (Path(folder) / "config.toml").read_text()
+        mine, other = sorted(map(str, pool.map(run, (3, 4), ("mine", "mine"))))
+    assert (mine, other) == ("mine", "this folder holds a run already: mine. Give another folder (--out)")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +218,10 @@ def test_the_folder_of_a_run_and_a_file_are_refused_and_left_alone(run: Run, sto
         ({"wiring": {"latents": 2, "kind": "crosscoder"}}, WiringError, "k is larger than the latents: 3 > 2"),
         ({"wiring": {"latents": 16, "kind": "dedicated", "exclusive": {"a": 1}}}, WiringError, "names every source"),
         ({"device": "gpu"}, ConfigError, "this device cannot be used: gpu"),
+        ({"method": {"name": "topk", "k": 3, "k_start": 6, "k_anneal": 99}}, ConfigError, "longer than the run: 99 > "),
+        ({"method": {"name": "standard", "l1_warmup": 99}}, ConfigError, "longer than the run: 99 > "),
+        ({"batch": 301}, ConfigError, r"the batch is larger than the rows that are kept: 301 > \d+\. Lower batch"),
+        ({"seed": 2**63}, ConfigError, "wrong value for seed"),
         ({"method": {"name": "topk", "kk": 3}}, ConfigError, r"unknown key: method\.kk"),
     ],
 )  # fmt: skip

@@ -98,9 +98,11 @@ def test_entries_stand_in_order_of_rows_then_latents_and_know_where_both_start(
 
 
 def test_positions_beyond_32_bits_are_computed_in_64() -> None:
-    flat_K = torch.tensor([2**31 + 5])
-    entries = Entries(flat_K // 131_072, flat_K % 131_072, 2**15, 131_072)
-    assert (int(entries.row_K), int(entries.latent_K)) == (16_384, 5)
+    score_BL = torch.empty(2**14 + 1, 2**17, device="meta")  # above 2^31 entries, of which none has storage
+    assert score_BL.numel() > 2**31
+    for entries in (top_of_batch(score_BL, 2**19), top_per_row(score_BL, 32)):
+        assert entries.row_K.dtype == entries.latent_K.dtype == torch.int64
+        assert (entries.rows, entries.latents) == score_BL.shape
 
 
 def test_sums_by_latent_add_weighted_rows_and_are_zero_where_a_latent_has_no_entry() -> None:

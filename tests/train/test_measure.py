@@ -3,7 +3,6 @@
 Letters: B rows of a batch, N rows, D width of a source, L latents.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +170,7 @@ def test_dedicated_latents_are_exclusive_and_stand_at_the_ends_of_r() -> None:
 
 def test_rows_without_spread_have_no_fve() -> None:
     figures = measured(zeros(build("autoencoder", {"a": 6}, 2)), {"a": torch.ones(4, 6)}).result()
-    assert math.isnan(figures["sources"]["a"]["fve"])
+    assert figures["sources"]["a"]["fve"] is None
 
 
 def test_evaluation_mode_ends_with_its_block_also_by_an_error() -> None:
@@ -222,6 +221,12 @@ def test_measuring_leaves_the_mode_as_it_was(store: Store) -> None:
     state = {key: value.clone() for key, value in made.state_dict().items()}
     measure(made, store, quiet=True)
     assert made.training and all(torch.equal(value, state[key]) for key, value in made.state_dict().items())
+
+
+def test_a_store_for_evaluation_alone_is_measured(tmp_path: Path) -> None:
+    only = make_store(tmp_path / "only.zarr", rows=40, shard_rows=32, documents=3, held_out=1.0)
+    figures = measure(random(build("crosscoder", WIDTHS, 20)), only, quiet=True)
+    assert figures["rows"] > 0 and figures["training_rows"] == 0
 
 
 def test_a_store_without_held_out_rows_is_refused(tmp_path: Path) -> None:

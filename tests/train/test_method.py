@@ -62,7 +62,7 @@ def test_a_k_larger_than_the_latents_is_refused_at_any_step(name: str) -> None:
 def test_k_goes_from_its_start_to_its_end_and_without_steps_is_at_its_end_at_once(name: str) -> None:
     def ks(**keys: int) -> list[int]:
         activation = methods.parse({"name": name, **keys}).build(WIRING, 10).activation
-        assert int(activation.get_buffer("k")) == ks_at(activation, 0)
+        assert activation.k == ks_at(activation, 0)
         return [ks_at(activation, step) for step in range(6)]
 
     def ks_at(activation: Any, step: int) -> int:

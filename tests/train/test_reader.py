@@ -47,15 +47,15 @@ def test_rows_with_flags_or_faults_of_any_involved_source_are_dropped(flagged: S
 
 
 def test_a_dropped_row_counts_once_under_the_first_rule_that_drops_it(flagged: Store) -> None:
-    assert kept_rows(flagged, ["a", "b"]).dropped == {"split": 3, "masked": 0, "special": 1, "first": 1, "sink": 0}
+    assert kept_rows(flagged, ["a", "b"]).dropped == {"held_out": 3, "masked": 0, "special": 1, "first": 1, "sink": 0}
     assert kept_rows(flagged, ["a", "b"], HELD_OUT).dropped == {
-        "split": 3,
+        "training": 3,
         "masked": 2,
         "special": 0,
         "first": 1,
         "sink": 0,
     }
-    assert kept_rows(flagged, ["a"], drop=["sink"]).dropped == {"split": 3, "masked": 0, "sink": 1}
+    assert kept_rows(flagged, ["a"], drop=["sink"]).dropped == {"held_out": 3, "masked": 0, "sink": 1}
 
 
 def test_masked_rows_are_dropped_whatever_the_rules(flagged: Store) -> None:

@@ -80,7 +80,7 @@ def test_a_page_shows_the_figures_of_measure(folders: dict[str, Path], name: str
     for source, one in found["sources"].items():
         at = [i for i, cell in enumerate(cells) if cell == source][-1]
         exclusive = "-" if one["exclusive"] is None else str(one["exclusive"])
-        row = [f"{one['fve']:.4f}", f"{one['mse']:.5g}", f"{one['cosine']:.4f}", f"{one['l0']:.2f}", exclusive]
+        row = [f"{one['fve']:.4f}", f"{one['mse']:.4g}", f"{one['cosine']:.4f}", f"{one['l0']:.2f}", exclusive]
         assert cells[at + 1 : at + 6] == row
     for span, one in found["spans"].items():
         at = cells.index(span)

@@ -81,9 +81,16 @@ def test_sizes_that_leave_nothing_to_share_are_refused(exclusive: object) -> Non
         build("dedicated", TWO, 100, exclusive)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("exclusive", [0, 0.001, -3])
-def test_an_exclusive_span_without_latents_is_refused(exclusive: float) -> None:
-    with pytest.raises(WiringError, match="a span needs at least one latent: only_a"):
+@pytest.mark.parametrize(
+    ("exclusive", "told"),
+    [
+        (0.001, "a span needs at least one latent: only_a"),
+        (0, r"wiring\.exclusive is not above 0: a 0\. Give latents"),
+        (-3, r"wiring\.exclusive is not above 0: a -3\. Give latents"),
+    ],
+)
+def test_an_exclusive_span_without_latents_is_refused(exclusive: float, told: str) -> None:
+    with pytest.raises(WiringError, match=told):
         build("dedicated", TWO, 100, exclusive)
 
 

@@ -37,14 +37,13 @@ class BatchTopK(Activation):
     it is right from the first step on and follows k while that is annealed.
     """
 
-    k: Tensor
     mean: Tensor
     mass: Tensor
 
     def __init__(self, latents: int, k: Schedule, decay: float) -> None:
         super().__init__(latents)
         self.k_at, self.decay = k, decay
-        self.register_buffer("k", torch.tensor(round(k(0))))
+        self.schedule(0)
         self.register_buffer("mean", torch.zeros(()))  # sum of decay^age x (1 - decay) x score
         self.register_buffer("mass", torch.zeros(()))  # sum of decay^age x (1 - decay)
 
@@ -56,7 +55,7 @@ class BatchTopK(Activation):
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
         score_BL = relu(pre.h_BL) * norm_L.detach()
         if self.training:
-            entries = top_of_batch(score_BL, min(int(self.k) * len(score_BL), score_BL.numel()))
+            entries = top_of_batch(score_BL, min(self.k * len(score_BL), score_BL.numel()))
         else:
             entries = above(score_BL, self.threshold)
         return SparseCode(entries, relu(pre.at(entries)))
@@ -69,4 +68,4 @@ class BatchTopK(Activation):
         self.mass.lerp_(torch.ones_like(self.mass), weight)
 
     def schedule(self, step: int) -> None:
-        self.k.fill_(round(self.k_at(step)))
+        self.k = round(self.k_at(step))

@@ -23,6 +23,9 @@ class Config(MethodConfig):
     l1: float = Field(1.0, ge=0)  # weight of the penalty, for rows scaled to a mean square of 1 per component
     l1_warmup: int = Field(0, ge=0)  # steps over which it grows from 0
 
+    def settled(self) -> int:
+        return self.l1_warmup
+
     def build(self, wiring: Wiring, steps: int) -> Method:
         terms = [Reconstruction("recon", constant(1.0)), L1("l1", ramp(0.0, self.l1, self.l1_warmup))]
         return Method(Relu(wiring.latents), terms)

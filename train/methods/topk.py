@@ -5,7 +5,6 @@ f = relu(h) where relu(h) x norm is among the row's k largest        loss = |x -
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
@@ -28,16 +27,14 @@ class Config(TopKConfig):
 class TopK(Activation):
     """f = relu(h) on the k largest relu(h) x norm of every row."""
 
-    k: Tensor
-
     def __init__(self, latents: int, k: Schedule) -> None:
         super().__init__(latents)
         self.k_at = k
-        self.register_buffer("k", torch.tensor(round(k(0))))
+        self.schedule(0)
 
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
-        entries = top_per_row(relu(pre.h_BL) * norm_L.detach(), int(self.k))
+        entries = top_per_row(relu(pre.h_BL) * norm_L.detach(), self.k)
         return SparseCode(entries, relu(pre.at(entries)))
 
     def schedule(self, step: int) -> None:
-        self.k.fill_(round(self.k_at(step)))
+        self.k = round(self.k_at(step))
