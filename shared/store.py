@@ -4,26 +4,23 @@ Letters: N rows, S rows per shard, C rows per chunk, D width of a source, K leng
 """
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import torch
 import zarr
 
-from shared import config, files
+from shared import config, files, layout
 from shared.errors import StoreDamagedError, StoreError, StoreMismatchError, StoreUnfinishedError
-from shared.moments import CLASSES, Moments, packed_fields
+from shared.layout import GROUP, PLAN_RECEIPT, SEALED, crc32c, padded, raw
+from shared.moments import CLASSES, Moments
 from shared.source import Model, Source
 
 FORMAT = 1
-TABLE_CHUNK = 2**22  # items per chunk of tokens, segments, documents and batches
-ABSENT = np.uint64(2**64 - 1)  # offset and length of a chunk that a shard does not hold
-PLAN_RECEIPT, SEALED = "receipts/plan.json", "sealed"
 
 FIRST, BOS, SPECIAL = 1, 2, 4  # bits of rows/<model>/flags
 CLIPPED, MASKED, SINK = 1, 2, 4  # bits of faults/<source>
@@ -50,7 +47,7 @@ class Header:
     @classmethod
     def read(cls, path: Path) -> "Header":
         try:
-            data = files.read_json(path / "zarr.json")["attributes"]["granary"]
+            data = files.read_json(path / GROUP)["attributes"]["granary"]
             if data["format"] != FORMAT:
                 raise StoreError("another format of store", data["format"], f"This version reads format {FORMAT}")
             models = {name: Model(**model) for name, model in data["models"].items()}
@@ -59,19 +56,6 @@ class Header:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             way_out = "Give the folder NAME.zarr that harvest run wrote"
             raise StoreError("no Granary store here", path, way_out) from None
-
-
-@dataclass(frozen=True)
-class _Array:
-    """One Zarr array. `shard` is the rows of its file where that holds several chunks of `chunk` rows."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    chunk: tuple[int, ...]
-    dims: tuple[str, ...]
-    shard: tuple[int, ...] | None = None
-    fill: float = 0
-    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,11 +93,11 @@ class Store:
             zarr.create_group(folder, zarr_format=3, attributes=header.attributes())
             written: dict[str, Any] = {}
             for name, values in tables.items():
-                chunk = staged.shard_rows if name.startswith("rows/") else max(1, min(TABLE_CHUNK, len(values)))
-                dim = "row" if name.startswith("rows/") else name.replace("/", "_")  # xarray: one name, one length
-                staged._declare(name, _Array(values.shape, values.dtype.str, (chunk,), (dim,)))
-                for index, start in enumerate(range(0, len(values), chunk)):
-                    written |= staged._write(name, (index,), _padded(values[start : start + chunk], chunk, 0))
+                array = layout.table_array(name, values, staged.shard_rows)
+                staged._declare(name, array)
+                for index, start in enumerate(range(0, len(values), array.chunk[0])):
+                    piece = values[start : start + array.chunk[0]]
+                    written |= staged._write(layout.chunk_file(name, (index,)), padded(piece, array.chunk[0], 0))
             files.write_json(folder / PLAN_RECEIPT, {"id": header.id, "files": written})
         return cls(path, header)
 
@@ -133,12 +117,12 @@ class Store:
         """Fix the scale of every source and declare the arrays that units fill. Call once, before the first unit."""
         assert Header.read(self.path).scale is None  # asked of the disk: this object may be older
         for name, source in self.header.sources.items():
-            for array, spec in self._unit_arrays(source, scale[name]["factor"]).items():
+            for array, spec in layout.unit_arrays(source, self.header.plan, scale[name]["factor"]).items():
                 shutil.rmtree(self.path / array, ignore_errors=True)  # of a run that was killed here; it holds no data
                 self._declare(array, spec)
         header = replace(self.header, scale={name: dict(values) for name, values in scale.items()})
-        group = files.read_json(self.path / "zarr.json")
-        files.write_json(self.path / "zarr.json", {**group, "attributes": header.attributes()})
+        group = files.read_json(self.path / GROUP)
+        files.write_json(self.path / GROUP, {**group, "attributes": header.attributes()})
         return Store(self.path, header)
 
     def put(self, shard: int, model: str, parts: Mapping[str, Part], made_with: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,24 +136,25 @@ class Store:
             rows = self.rows_of(shard)
             assert part.activations_ND.shape == (len(rows), self.header.sources[name].width)
             assert (part.activations_ND.dtype, part.norms_N.dtype, part.faults_N.dtype) == ("f2", "f4", "u1")
-            written |= self._write_shard(f"activations/{name}", shard, part.activations_ND)
-            written |= self._write(f"norms/{name}", (shard,), _padded(part.norms_N, self.shard_rows, np.nan))
-            written |= self._write(f"faults/{name}", (shard,), _padded(part.faults_N, self.shard_rows, 0))
-            written |= self._write(f"moments/{name}", (shard, 0, 0), part.moments_XK[None])
-        faults = {name: count_faults(part.faults_N) for name, part in parts.items()}
+            activations, norms, faults, moments = layout.unit_files(name, shard)
+            written |= self._write_shard(activations, part.activations_ND)
+            written |= self._write(norms, padded(part.norms_N, self.shard_rows, np.nan))
+            written |= self._write(faults, padded(part.faults_N, self.shard_rows, 0))
+            written |= self._write(moments, part.moments_XK)
+        counts = {name: count_faults(part.faults_N) for name, part in parts.items()}
         receipt = {
             "id": self.header.id,
             "shard": shard,
             "model": model,
             "files": written,
-            "faults": faults,
+            "faults": counts,
             **made_with,
         }
-        files.write_json(self._receipt(shard, model), receipt)
+        files.write_json(self.path / layout.receipt_file(shard, model), receipt)
         return receipt
 
     def has(self, shard: int, model: str) -> bool:
-        return self._receipt(shard, model).exists()
+        return (self.path / layout.receipt_file(shard, model)).exists()
 
     def seal(self) -> None:
         """Write the table of all receipts. Every unit must be there."""
@@ -177,11 +162,11 @@ class Store:
         table: dict[str, Any] = {"id": self.header.id, "receipts": {}, "files": {}}
         for path in sorted((self.path / "receipts").glob("*.json")):
             receipt = files.read_json(path)
-            table["receipts"][path.name] = _crc([path.read_bytes()])
+            table["receipts"][path.name] = crc32c([path.read_bytes()])
             table["files"] |= {name: [entry["size"], entry["crc32c"]] for name, entry in receipt["files"].items()}
         for path in sorted(self.path.rglob("zarr.json")):
             data = path.read_bytes()
-            table["files"][str(path.relative_to(self.path))] = [len(data), _crc([data])]
+            table["files"][str(path.relative_to(self.path))] = [len(data), crc32c([data])]
         files.write_json(self.path / SEALED, table)
 
     @property
@@ -247,7 +232,12 @@ class Store:
         shape, chunk = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
         length = min(chunk[0], shape[0] - index * chunk[0])
         dtype = np.dtype(meta["data_type"]).newbyteorder("<")
-        return np.memmap(self._file(name, (index, *[0] * (len(shape) - 1))), dtype, "r", shape=(length, *shape[1:]))
+        return np.memmap(
+            self.path / layout.chunk_file(name, (index, *[0] * (len(shape) - 1))),
+            dtype,
+            "r",
+            shape=(length, *shape[1:]),
+        )
 
     def column(self, name: str) -> np.ndarray:
         """The whole of an array, in memory where it has several files. Meant for tables, not for activations."""
@@ -289,23 +279,7 @@ class Store:
 
     # --- files --------------------------------------------------------------------------------------------------
 
-    def _unit_arrays(self, source: Source, factor: float) -> dict[str, _Array]:
-        n, s, k = self.rows, self.shard_rows, packed_fields(source.width)
-        length = k["norm_histogram"][1]
-        return {
-            f"activations/{source.name}": _Array(
-                (n, source.width), "<f2", (self.chunk_rows, source.width), ("row", f"width_{source.name}"),
-                (s, source.width), np.nan, {"scale_factor": factor},
-            ),
-            f"norms/{source.name}": _Array((n,), "<f4", (s,), ("row",), fill=np.nan),
-            f"faults/{source.name}": _Array((n,), "|u1", (s,), ("row",)),
-            f"moments/{source.name}": _Array(
-                (self.shards, len(CLASSES), length), "<f8", (1, len(CLASSES), length),
-                ("shard", "class", f"moment_{source.name}"), None, np.nan, {"classes": list(CLASSES), "fields": k},
-            ),
-        }  # fmt: skip
-
-    def _declare(self, name: str, array: _Array) -> None:
+    def _declare(self, name: str, array: layout.Array) -> None:
         """Write an array's zarr.json, and the groups above it."""
         *groups, _ = name.split("/")
         for depth in range(len(groups)):
@@ -316,61 +290,26 @@ class Store:
             attributes=array.attributes, zarr_format=3,
         )  # fmt: skip
 
-    def _file(self, name: str, index: Sequence[int]) -> Path:
-        return self.path / name / "c" / Path(*map(str, index))
+    def _write(self, name: str, values: np.ndarray) -> dict[str, Any]:
+        data = raw(values)
+        files.write_atomic(self.path / name, [data])
+        return {name: {"size": len(data), "crc32c": crc32c([data])}}
 
-    def _receipt(self, shard: int, model: str) -> Path:
-        return self.path / "receipts" / f"{shard:05d}.{model}.json"
-
-    def _write(self, name: str, index: Sequence[int], values: np.ndarray) -> dict[str, Any]:
-        path, data = self._file(name, index), np.ascontiguousarray(values)
-        files.write_atomic(path, [_bytes(data)])
-        return {str(path.relative_to(self.path)): {"size": data.nbytes, "crc32c": _crc([_bytes(data)])}}
-
-    def _write_shard(self, name: str, shard: int, rows_ND: np.ndarray) -> dict[str, Any]:
-        chunks = [
-            _bytes(_padded(rows_ND[i : i + self.chunk_rows], self.chunk_rows, np.nan))
-            for i in range(0, len(rows_ND), self.chunk_rows)
+    def _write_shard(self, name: str, rows_ND: np.ndarray) -> dict[str, Any]:
+        starts = range(0, len(rows_ND), self.chunk_rows)
+        chunks = [raw(padded(rows_ND[i : i + self.chunk_rows], self.chunk_rows, np.nan)) for i in starts]
+        parts: list[bytes | memoryview] = [
+            *chunks,
+            layout.shard_index([len(chunk) for chunk in chunks], self.shard_rows // self.chunk_rows),
         ]
-        index = _shard_index([len(chunk) for chunk in chunks], self.shard_rows // self.chunk_rows)
-        path = self._file(name, (shard, 0))
-        files.write_atomic(path, [*chunks, index])
-        entry = {
-            "size": sum(map(len, chunks)) + len(index),
-            "crc32c": _crc([*chunks, index]),
-            "chunks": [_crc([c]) for c in chunks],
-        }
-        return {str(path.relative_to(self.path)): entry}
+        files.write_atomic(self.path / name, parts)
+        checks = {"crc32c": crc32c(parts), "chunks": [crc32c([chunk]) for chunk in chunks]}
+        return {name: {"size": sum(map(len, parts)), **checks}}
 
 
 def count_faults(faults_N: np.ndarray) -> dict[str, int]:
     bits = {"clipped": CLIPPED, "masked": MASKED, "sink": SINK}
     return {name: int(np.count_nonzero(faults_N & bit)) for name, bit in bits.items()}
-
-
-def _shard_index(lengths: Sequence[int], slots: int) -> bytes:
-    """The index of a shard whose chunks stand back to back (Zarr v3, sharding_indexed, index_location end)."""
-    index = np.full((slots, 2), ABSENT, "<u8")
-    index[: len(lengths), 1] = lengths
-    index[: len(lengths), 0] = np.cumsum([0, *lengths[:-1]])
-    return index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little")
-
-
-def _padded(values: np.ndarray, length: int, fill: float) -> np.ndarray:
-    if len(values) == length:
-        return np.ascontiguousarray(values)
-    return np.concatenate([values, np.full((length - len(values), *values.shape[1:]), fill, values.dtype)])
-
-
-def _bytes(values: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-
-
-def _crc(parts: Iterable[bytes | memoryview]) -> int:
-    crc = 0
-    for part in parts:
-        crc = google_crc32c.extend(crc, np.frombuffer(part, np.uint8))
-    return int(crc)
 
 
 def _size(path: Path) -> int:

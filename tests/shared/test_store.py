@@ -24,8 +24,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared import files
-from shared import store as store_module
+from shared import files, layout
 from shared.config import fingerprint
 from shared.errors import StoreDamagedError, StoreError, StoreMismatchError, StoreUnfinishedError
 from shared.moments import CLASSES, Moments
@@ -259,7 +258,7 @@ def test_activations_of_any_shape_read_the_same_everywhere(rows: int, chunk: int
 def test_tables_of_several_files_read_the_same_everywhere(
     tmp_path: Path, ragged: Header, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "TABLE_CHUNK", 4)
+    monkeypatch.setattr(layout, "TABLE_CHUNK", 4)
     store = make(tmp_path / "a.zarr", ragged)
     assert len(list((store.path / "tokens/m/id/c").iterdir())) == 3
     for name, values in make_tables(ragged).items():

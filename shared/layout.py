@@ -1,0 +1,98 @@
+"""STORE.md as code: the arrays of a store, the names of its files and their bytes. Pure.
+
+Letters: N rows, S rows per shard, C rows per chunk, D width of a source, K length of packed moments, X classes.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from shared.moments import CLASSES, packed_fields
+from shared.source import Source
+
+TABLE_CHUNK = 2**22  # items per chunk of tokens, segments, documents and batches
+ABSENT = np.uint64(2**64 - 1)  # offset and length of a chunk that a shard does not hold
+GROUP, PLAN_RECEIPT, SEALED = "zarr.json", "receipts/plan.json", "sealed"
+
+
+@dataclass(frozen=True)
+class Array:
+    """One Zarr array. `shard` is the rows of its file where that holds several chunks of `chunk` rows."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+    dims: tuple[str, ...]
+    shard: tuple[int, ...] | None = None
+    fill: float = 0
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+def table_array(name: str, values: np.ndarray, shard_rows: int) -> Array:
+    """An array of the plan."""
+    chunk = shard_rows if name.startswith("rows/") else max(1, min(TABLE_CHUNK, len(values)))
+    dim = "row" if name.startswith("rows/") else name.replace("/", "_")  # xarray: one name, one length
+    return Array(values.shape, values.dtype.str, (chunk,), (dim,))
+
+
+def unit_arrays(source: Source, plan: Mapping[str, int], factor: float) -> dict[str, Array]:
+    """{name: array} of all that the units of one source fill."""
+    n, s, c, fields = plan["rows"], plan["shard_rows"], plan["chunk_rows"], packed_fields(source.width)
+    k = fields["norm_histogram"][1]
+    return {
+        f"activations/{source.name}": Array(
+            (n, source.width), "<f2", (c, source.width), ("row", f"width_{source.name}"),
+            (s, source.width), np.nan, {"scale_factor": factor},
+        ),
+        f"norms/{source.name}": Array((n,), "<f4", (s,), ("row",), fill=np.nan),
+        f"faults/{source.name}": Array((n,), "|u1", (s,), ("row",)),
+        f"moments/{source.name}": Array(
+            (plan["shards"], len(CLASSES), k), "<f8", (1, len(CLASSES), k),
+            ("shard", "class", f"moment_{source.name}"), None, np.nan, {"classes": list(CLASSES), "fields": fields},
+        ),
+    }  # fmt: skip
+
+
+def chunk_file(name: str, index: Sequence[int]) -> str:
+    """The file of one chunk (or shard) of an array, below the store's folder."""
+    return "/".join([name, "c", *map(str, index)])
+
+
+def unit_files(source: str, shard: int) -> list[str]:
+    """The files that one unit writes of one of its sources."""
+    index = {"activations": (shard, 0), "norms": (shard,), "faults": (shard,), "moments": (shard, 0, 0)}
+    return [chunk_file(f"{kind}/{source}", at) for kind, at in index.items()]
+
+
+def receipt_file(shard: int, model: str) -> str:
+    return f"receipts/{shard:05d}.{model}.json"
+
+
+def shard_index(lengths: Sequence[int], slots: int) -> bytes:
+    """The index of a shard whose chunks stand back to back (Zarr v3, sharding_indexed, index_location end)."""
+    index = np.full((slots, 2), ABSENT, "<u8")
+    index[: len(lengths), 1] = lengths
+    index[: len(lengths), 0] = np.cumsum([0, *lengths[:-1]])
+    return index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little")
+
+
+def padded(values: np.ndarray, length: int, fill: float) -> np.ndarray:
+    if len(values) == length:
+        return np.ascontiguousarray(values)
+    return np.concatenate([values, np.full((length - len(values), *values.shape[1:]), fill, values.dtype)])
+
+
+def raw(values: np.ndarray) -> memoryview:
+    """The bytes of an array in C order."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+
+
+def crc32c(parts: Iterable[bytes | memoryview]) -> int:
+    """Of `parts`, one after another."""
+    crc = 0
+    for part in parts:
+        crc = google_crc32c.extend(crc, np.frombuffer(part, np.uint8))
+    return int(crc)

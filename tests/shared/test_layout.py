@@ -1,0 +1,50 @@
+"""The bytes of a store, by hand."""
+
+import struct
+
+import numpy as np
+import pytest
+
+from shared import layout
+from shared.source import Source
+
+
+def test_crc32c_has_the_check_value_of_its_specification() -> None:
+    assert layout.crc32c([b"123456789"]) == 0xE3069283  # RFC 3720, B.4
+    assert layout.crc32c([bytes(32)]) == 0x8A9136AA
+    assert layout.crc32c([b"1234", memoryview(b"56789")]) == 0xE3069283
+    assert layout.crc32c([]) == 0
+
+
+def test_the_index_of_a_shard_gives_offset_and_length_of_every_chunk_and_its_own_checksum() -> None:
+    index = layout.shard_index([10, 10, 4], 5)
+    pairs = struct.iter_unpack("<QQ", index[:-4])
+    absent = (2**64 - 1, 2**64 - 1)
+    assert list(pairs) == [(0, 10), (10, 10), (20, 4), absent, absent]
+    assert struct.unpack("<I", index[-4:]) == (layout.crc32c([index[:-4]]),)
+
+
+def test_padding_keeps_what_is_there_and_its_type() -> None:
+    values = np.arange(6, dtype="<f2").reshape(3, 2)
+    assert layout.padded(values, 3, 0).tolist() == values.tolist()
+    longer = layout.padded(values, 5, np.nan)
+    assert longer.dtype == values.dtype
+    assert longer[:3].tolist() == values.tolist()
+    assert np.isnan(longer[3:]).all()
+
+
+def test_raw_bytes_are_in_c_order_whatever_the_memory() -> None:
+    values = np.arange(6, dtype="<u2").reshape(2, 3)
+    assert bytes(layout.raw(np.asfortranarray(values))) == struct.pack("<6H", *range(6))
+
+
+@pytest.mark.parametrize("source", ["a", "chat-2"])
+def test_the_files_of_a_unit_belong_to_the_arrays_of_its_source(source: str) -> None:
+    plan = {"rows": 20, "shard_rows": 8, "chunk_rows": 4, "shards": 3}
+    arrays = layout.unit_arrays(Source(source, "m", "resid.1", 6), plan, 2.0)
+    names = layout.unit_files(source, 2)
+    assert [name.split("/c/")[0] for name in names] == list(arrays)
+    assert [name.split("/c/")[1] for name in names] == ["2/0", "2", "2", "2/0/0"]
+    for name, array in zip(names, arrays.values(), strict=True):
+        assert len(name.split("/c/")[1].split("/")) == len(array.shape)
+    assert layout.receipt_file(2, "m") == "receipts/00002.m.json"
