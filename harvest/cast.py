@@ -15,6 +15,7 @@ from shared.store import CLIPPED, MASKED, SINK
 FP16_MAX = 65_504.0
 LARGEST_NORM = float(torch.finfo(torch.float32).max)  # no norm is above it; JSON has no infinity
 HEADROOM = 4.0  # times the largest component that the calibration saw
+TOLERANCES = 2.0**-9, 8.0  # at least, and times the difference that the calibration saw between two shapes of a batch
 SINK_MULTIPLE = 10.0  # a row is a sink where its norm is above this multiple of the median (pitfalls of Qwen, Gemma)
 
 
@@ -46,13 +47,24 @@ def cast(x_ND: Tensor, factor: float, sink_norm: float) -> Cast:
     return Cast(scaled_ND.clamp_(-FP16_MAX, FP16_MAX).half(), norms_N, faults_N.cpu().numpy(), x_ND)
 
 
-def calibrated(norms: list[Tensor], largest: float) -> dict[str, float]:
-    """attributes.granary.scale of one source, from the rows that the calibration saw. Norms of zero are left out."""
+def calibrated(norms: list[Tensor], largest: float, rounding: float) -> dict[str, float]:
+    """attributes.granary.scale of one source, from the rows that the calibration saw. Norms of zero are left out.
+
+    `rounding` is the largest relative difference between rows of one token in two batches of other shapes.
+    """
     norms_N = torch.cat(norms).double()
     median = float(norms_N[norms_N > 0].median()) if bool((norms_N > 0).any()) else 0.0
+    least, times = TOLERANCES
     return {
         "factor": factor_for(largest),
         "largest": largest,
         "median_norm": median,
         "sink_norm": SINK_MULTIPLE * median if median else LARGEST_NORM,
+        "tolerance": max(least, times * rounding),
     }
+
+
+def difference(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    """|x - y| / |x| per row (0 where both are 0): what rounding leaves of it is small, another token's is not."""
+    norms_N = torch.linalg.vector_norm(x_ND, dim=1)
+    return torch.linalg.vector_norm(x_ND - y_ND, dim=1) / norms_N.clamp_min(1e-30)

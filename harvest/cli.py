@@ -1,21 +1,24 @@
 """harvest run | plan | sites | inspect."""
 
 import json
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from harvest import bench, check, overview, work
 from harvest import inspect as view
 from harvest import plan as planning
-from harvest import work
 from harvest.config import HarvestConfig
 from harvest.job import prepare
 from shared import config, files, hooks, models
-from shared.errors import ConfigError, ModelError, one_line
+from shared.errors import ConfigError, Stopped, one_line
+from shared.layout import GROUP
 from shared.log import Log
-from shared.source import Model
 from shared.store import Header, Store
 
 app = typer.Typer(
@@ -28,6 +31,10 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="Any config ke
 StorePath = Annotated[str | None, typer.Option("--store", help="Where the store goes (store.path).")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto (device).")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Torch threads on the CPU (threads).")]
+Again = Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto; none: as the store was made.")]
+AgainThreads = Annotated[int | None, typer.Option("--threads", help="Torch threads; none: as the store was made.")]
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The folder of a store.")]
+Moved = Annotated[list[str] | None, typer.Option("--model", help="NAME=PATH: where a model of the store lies now.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -46,7 +53,7 @@ def run(
     Example: harvest run pair.toml --store pair.zarr --set rows.count=1000000
     """
     asked = _config(config_file, settings, store, device, threads)
-    with Log() as log:
+    with Log() as log, _resumable(Path(asked.store.path)):
         made = work.run(prepare(asked, log), log)
     _print({"store": str(made.path), "id": made.header.id, **_summary(made)}, as_json)
 
@@ -98,12 +105,91 @@ def sites(
 
 
 @app.command()
+def status(store: StoreArgument, as_json: Json = False) -> None:
+    """How far a store is: units and rows made, faults of values, damage that was found, who is at work on it.
+
+    Example: harvest status pair.zarr
+    """
+    found = overview.status(store)
+    if not as_json:
+        found["units"] = {name: f"{made} of {all_}" for name, (made, all_) in found.get("units", {}).items()}
+        found["made_with"] = "; ".join(
+            f"{one['device']}, {one['threads']} threads" for one in found.get("made_with", [])
+        )
+        found = {key: value for key, value in found.items() if value not in ("", [], {})}
+    _print(found, as_json)
+
+
+@app.command()
+def ls(
+    folder: Annotated[Path, typer.Argument(help="Where to look for stores.")],
+    runs: Annotated[Path | None, typer.Option("--runs", help="Where to look for runs; none: the same folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Every store below a folder: id, state, rows, size, models and sites, and the training runs that used it.
+
+    Example: harvest ls caches --runs runs
+    """
+    found = overview.ls(folder, runs or folder)
+    print(json.dumps(found) if as_json else "\n".join(overview.lines(found)))
+
+
+@app.command()
+def verify(
+    store: StoreArgument,
+    full: Annotated[bool, typer.Option("--full", help="Read every file and check its checksum.")] = False,
+    deep: Annotated[int, typer.Option("--deep", min=0, help="Run so many random rows again, and decode them.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random rows.")] = 0,
+    model: Moved = None,
+    device: Again = None,
+    threads: AgainThreads = None,
+    as_json: Json = False,
+) -> None:
+    """Is a store sound? Receipts and sizes; --full: every checksum; --deep N: what the models compute, and the pairs.
+
+    Every fault is a line, with exit code 1. They are written into the store too, so that nobody trains on it before
+    harvest repair has made the faulty shards again.
+
+    Example: harvest verify pair.zarr --full --deep 100
+    """
+    opened = Store.at(store)
+    with Log(quiet=as_json) as log:
+        faults = check.files_of(opened, full, log)
+        if deep and not faults:
+            faults = check.contents(opened, _bench(opened, model, device, threads, log), deep, seed, log)
+        check.write_down(opened, faults, log)
+    if as_json:
+        print(json.dumps([{"file": f.file, "what": f.what, "unit": f.unit} for f in faults]))
+    else:
+        print("\n".join(map(str, faults)) if faults else f"{store}: sound ({_checked(full, deep)})")
+    raise typer.Exit(1 if faults else 0)
+
+
+@app.command()
+def repair(
+    store: StoreArgument,
+    full: Annotated[bool, typer.Option("--full", help="Check every checksum first.")] = False,
+    model: Moved = None,
+    device: Again = None,
+    threads: AgainThreads = None,
+) -> None:
+    """Make the faulty shards again, and no others: those that verify finds now, or has found before.
+
+    Example: harvest repair pair.zarr --full
+    """
+    opened = Store.at(store)
+    with Log() as log, _resumable(store):
+        units = check.to_mend(opened, check.files_of(opened, full, log))
+        if units or not opened.sealed or opened.condemned[0]:
+            work.repair(opened, units, _bench(opened, model, device, threads, log), log)
+    print(f"{store}: {len(units)} units made again")
+
+
+@app.command()
 def inspect(
     store: Annotated[Path, typer.Argument(help="A finished store.")],
     rows: Annotated[str, typer.Option("--rows", help="START:STOP, or one row number.")] = "0:20",
-    model: Annotated[
-        list[str] | None, typer.Option("--model", help="NAME=PATH: where a model's tokenizer lies now.")
-    ] = None,
+    model: Moved = None,
     as_json: Json = False,
 ) -> None:
     """The aligned tokens of some rows, side by side, with positions, norms and faults.
@@ -113,7 +199,8 @@ def inspect(
     opened = Store.open(store)
     chosen = _rows(rows, opened.rows)
     moved = _moved(model or [], list(opened.header.models))
-    tokenizers = {name: _tokenizer(m, moved.get(name, m.path)) for name, m in opened.header.models.items()}
+    found = bench.find(opened.header, moved, lambda text: None, weights=False)
+    tokenizers = {name: models.load_tokenizer(checkpoint) for name, checkpoint in found.items()}
     records = view.table(opened, chosen, tokenizers)
     print(json.dumps(records, ensure_ascii=False) if as_json else "\n".join(view.lines(records)))
 
@@ -149,15 +236,30 @@ def _moved(given: list[str], names: list[str]) -> dict[str, str]:
     return moved
 
 
-def _tokenizer(model: Model, path: str) -> models.Tokenizer:
-    way_out = f"Give --model {model.name}=PATH, where it lies now"
+def _bench(store: Store, moved: list[str] | None, device: str | None, threads: int | None, log: Log) -> bench.Bench:
+    """What a store's units were made with, where nothing else is asked for."""
+    made_with = overview.made_with(store) or [{"device": "auto", "threads": None}]
+    where = _moved(moved or [], list(store.header.models))
+    found = bench.find(store.header, where, lambda text: log.event("prepare", text))
+    return bench.Bench(found, device or made_with[0]["device"], threads or made_with[0]["threads"])
+
+
+@contextmanager
+def _resumable(store: Path) -> Iterator[None]:
+    """Tell, where the block is stopped, how far the store is and how to go on."""
     try:
-        tokenizer = models.load_tokenizer(models.resolve(path, say=lambda text: None))
-    except ModelError as error:
-        raise ModelError(error.what, error.value, way_out) from None
-    if models.tokenizer_fingerprint(tokenizer) != model.tokenizer:
-        raise ConfigError(f"this is not the tokenizer of {model.name} in the store", path, way_out)
-    return tokenizer
+        yield
+    except Stopped:
+        if (store / GROUP).exists():
+            left = Store.at(store)
+            print(f"{len(left.units) - len(left.missing())} of {len(left.units)} units are stored", file=sys.stderr)
+        print(f"to go on: {shlex.join(['harvest', *sys.argv[1:]])}", file=sys.stderr)
+        raise
+
+
+def _checked(full: bool, deep: int) -> str:
+    what = "receipts, sizes and checksums" if full else "receipts and sizes; --full reads every file"
+    return what + (f"; {deep} rows run again and decoded" if deep else "")
 
 
 def _summary(store: Store) -> dict[str, Any]:

@@ -24,6 +24,16 @@ class Batch:
     place_N: Tensor
 
 
+def reshaped(batch: Batch) -> Batch:
+    """Some of the same rows in a batch of another shape: half of the segments, or a single one twice."""
+    count, length = batch.ids_BT.shape
+    if count == 1:
+        return Batch(batch.ids_BT.repeat(2, 1), batch.mask_BT.repeat(2, 1), batch.row_N, batch.place_N)
+    half = count // 2
+    inside_N = batch.place_N < half * length
+    return Batch(batch.ids_BT[:half], batch.mask_BT[:half], batch.row_N[inside_N.numpy()], batch.place_N[inside_N])
+
+
 class Batches:
     """The planned forward batches of one model, read from the store."""
 
@@ -36,6 +46,10 @@ class Batches:
 
     def of(self, shard: int) -> Iterator[Batch]:
         return (self.batch(shard, number) for number in range(self.shard[shard], self.shard[shard + 1]))
+
+    def holding(self, shard: int, wanted: np.ndarray) -> Iterator[Batch]:
+        """The batches of a shard that make one of the wanted rows at least."""
+        return (batch for batch in self.of(shard) if np.isin(batch.row_N, wanted).any())
 
     def spread(self, count: int) -> Iterator[Batch]:
         """`count` batches, evenly over the plan (all, where it has fewer)."""

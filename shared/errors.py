@@ -1,6 +1,6 @@
 """What a user can be told. Each message is one line: what is wrong, the value, and the way out."""
 
-import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +75,10 @@ class StoreDamagedError(StoreError):
     """A store with files that are missing or not of the recorded size."""
 
 
+class LockError(GranaryError):
+    """A store that another harvest is working on."""
+
+
 class WiringError(GranaryError):
     """Spans that do not fit the sources, or a method that makes no sense on this wiring."""
 
@@ -95,21 +99,35 @@ class TrainingError(GranaryError):
     """A run that cannot go on, such as one whose loss is no longer finite."""
 
 
+class Stopped(SystemExit):
+    """SIGINT, or SIGTERM as schedulers send it before they kill. The code is the shell's: 128 + the signal's number."""
+
+
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn a user's error, and what the system refuses (a full disk, no permission), into one line on stderr and its
-    exit code; an interrupt into exit code 130."""
+    """Turn a user's error, what the system refuses (a full disk, no permission) and a stop into one line on stderr and
+    an exit code.
+
+    A stop unwinds the program, so that locks are let go and what is being written is finished; a second one kills it.
+    """
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except GranaryError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or 'no file is named'}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stopped:
+        print("interrupted" if stopped.code == 128 + signal.SIGINT else "terminated", file=sys.stderr)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
+    raise Stopped(128 + number)

@@ -27,6 +27,8 @@ def write_atomic(path: Path, parts: bytes | Iterable[bytes | memoryview]) -> Non
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # a full disk does not say what it had no room for
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
     for folder in [path.parent, *(folder.parent for folder in new)]:
@@ -74,8 +76,11 @@ sync_folder = sync_file  # a rename is durable once its folder is
 
 
 def sweep(folder: Path) -> int:
-    """Remove what killed writers left below `folder`; the number of names removed."""
-    leftovers = sorted(folder.rglob(f"*{TEMPORARY}"))
+    """Remove what killed writers left inside `folder` and of itself; the number of names removed.
+
+    Call it where nobody else is writing.
+    """
+    leftovers = [*folder.parent.glob(f"{folder.name}.*{TEMPORARY}"), *folder.rglob(f"*{TEMPORARY}")]
     for path in leftovers:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return len(leftovers)

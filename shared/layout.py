@@ -15,7 +15,8 @@ from shared.source import Source
 
 TABLE_CHUNK = 2**22  # items per chunk of tokens, segments, documents and batches
 ABSENT = np.uint64(2**64 - 1)  # offset and length of a chunk that a shard does not hold
-GROUP, PLAN_RECEIPT, SEALED = "zarr.json", "receipts/plan.json", "sealed"
+GROUP, SEALED, DAMAGED = "zarr.json", "sealed", "damaged"
+Unit = tuple[int, str]  # (shard, model)
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ def unit_files(source: str, shard: int) -> list[str]:
     return [chunk_file(f"{kind}/{source}", at) for kind, at in index.items()]
 
 
-def receipt_file(shard: int, model: str) -> str:
-    return f"receipts/{shard:05d}.{model}.json"
+def receipt_file(unit: Unit | None) -> str:
+    """The receipt of a unit, or (none) of the plan."""
+    return f"receipts/{unit[0]:05d}.{unit[1]}.json" if unit else "receipts/plan.json"
 
 
 def shard_index(lengths: Sequence[int], slots: int) -> bytes:

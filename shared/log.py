@@ -2,14 +2,17 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+
+tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and one that is killed keeps it for good
 
 
 class Log:
@@ -20,26 +23,32 @@ class Log:
 
     def __init__(self, path: Path | None = None, quiet: bool = False) -> None:
         self.quiet = quiet
+        self._files: list[TextIO] = []
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8") if path is not None else None
+            self.attach(path)
+
+    def attach(self, path: Path) -> None:
+        """Append all further events to `path`, too."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._files.append(path.open("a", encoding="utf-8"))
 
     def event(self, kind: str, message: str = "", /, **fields: Any) -> None:
-        if self._file is not None:
+        if self._files:
             record = {
                 "time": round(time.time(), 3),
                 "event": kind,
                 **({"message": message} if message else {}),
                 **fields,
             }
-            self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-            self._file.flush()
+            for file in self._files:
+                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+                file.flush()
         if message and not self.quiet:
             tqdm.write(message, file=sys.stderr)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        for file in self._files:
+            file.close()
 
     def __enter__(self) -> "Log":
         return self

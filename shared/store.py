@@ -4,7 +4,7 @@ Letters: N rows, S rows per shard, C rows per chunk, D width of a source, K leng
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import zarr
 
 from shared import config, files, layout
 from shared.errors import StoreDamagedError, StoreError, StoreMismatchError, StoreUnfinishedError
-from shared.layout import GROUP, PLAN_RECEIPT, SEALED, crc32c, padded, raw
+from shared.layout import DAMAGED, GROUP, SEALED, Unit, crc32c, padded, raw
 from shared.moments import CLASSES, Moments
 from shared.source import Model, Source
 
@@ -98,7 +98,7 @@ class Store:
                 for index, start in enumerate(range(0, len(values), array.chunk[0])):
                     piece = values[start : start + array.chunk[0]]
                     written |= staged._write(layout.chunk_file(name, (index,)), padded(piece, array.chunk[0], 0))
-            files.write_json(folder / PLAN_RECEIPT, {"id": header.id, "files": written})
+            files.write_json(folder / layout.receipt_file(None), {"id": header.id, "files": written})
         return cls(path, header)
 
     @classmethod
@@ -128,7 +128,7 @@ class Store:
     def put(self, shard: int, model: str, parts: Mapping[str, Part], made_with: Mapping[str, Any]) -> dict[str, Any]:
         """Write one unit, whole, its receipt last. `made_with` is device, threads and versions. Returns the receipt."""
         assert self.header.scale is not None and not self.sealed
-        names = [source.name for source in self.header.sources.values() if source.model == model]
+        names = [source.name for source in self.sources_of(model)]
         assert parts.keys() == set(names)
         parts = {name: parts[name] for name in names}  # the receipt's bytes do not depend on the caller's order
         written: dict[str, Any] = {}
@@ -150,11 +150,11 @@ class Store:
             "faults": counts,
             **made_with,
         }
-        files.write_json(self.path / layout.receipt_file(shard, model), receipt)
+        files.write_json(self.path / layout.receipt_file((shard, model)), receipt)
         return receipt
 
     def has(self, shard: int, model: str) -> bool:
-        return (self.path / layout.receipt_file(shard, model)).exists()
+        return (self.path / layout.receipt_file((shard, model))).exists()
 
     def seal(self) -> None:
         """Write the table of all receipts. Every unit must be there."""
@@ -168,17 +168,46 @@ class Store:
             data = path.read_bytes()
             table["files"][str(path.relative_to(self.path))] = [len(data), crc32c([data])]
         files.write_json(self.path / SEALED, table)
+        (self.path / DAMAGED).unlink(missing_ok=True)
 
     @property
     def sealed(self) -> bool:
         return (self.path / SEALED).exists()
 
-    def missing(self) -> list[tuple[int, str]]:
-        """The units (shard, model) that have no receipt yet."""
-        units = [(shard, model) for model in self.header.models for shard in range(self.shards)]
-        return [unit for unit in units if not self.has(*unit)]
+    @property
+    def units(self) -> list[Unit]:
+        """Every (shard, model)."""
+        return [(shard, model) for model in self.header.models for shard in range(self.shards)]
+
+    def missing(self) -> list[Unit]:
+        """The units that have no receipt yet."""
+        return [unit for unit in self.units if not self.has(*unit)]
+
+    def condemn(self, faults: Sequence[str], units: Iterable[Unit]) -> None:
+        """Write down what a check has found: nobody opens the store before these units are made again."""
+        files.write_json(self.path / DAMAGED, {"faults": list(faults), "units": [list(unit) for unit in units]})
+
+    @property
+    def condemned(self) -> tuple[list[str], list[Unit]]:
+        """The faults that a check has written down, and the units that mend them."""
+        if not (self.path / DAMAGED).exists():
+            return [], []
+        found = files.read_json(self.path / DAMAGED)
+        return found["faults"], [(shard, model) for shard, model in found["units"]]
+
+    def reopen(self, units: Iterable[Unit]) -> None:
+        """Forget these units, so that they are made again; the store is unfinished from now on."""
+        for name in (SEALED, *(layout.receipt_file(unit) for unit in units)):
+            (self.path / name).unlink(missing_ok=True)
+        files.sync_folder(self.path / "receipts")
+        files.sync_folder(self.path)
 
     # --- reading ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def at(cls, path: Path) -> "Store":
+        """The store at `path` in whatever state it is."""
+        return cls(path, Header.read(path))
 
     @classmethod
     def open(cls, path: str | Path) -> "Store":
@@ -186,21 +215,15 @@ class Store:
 
         Raises StoreError, StoreUnfinishedError, or StoreDamagedError with the names of the bad files.
         """
-        store = cls(Path(path), Header.read(Path(path)))
+        store = cls.at(Path(path))
         if not store.sealed:
-            units = store.shards * len(store.header.models)
-            raise StoreUnfinishedError(
-                "this store is not finished", f"{path} has {units - len(store.missing())} of {units} units",
-                "Run the same harvest run again: it goes on where it stopped",
-            )  # fmt: skip
-        bad = store._damaged()
-        if bad:
+            units = f"{path} has {len(store.units) - len(store.missing())} of {len(store.units)} units"
+            way_out = "Run the same harvest run again: it goes on where it stopped"
+            raise StoreUnfinishedError("this store is not finished", units, way_out)
+        if bad := store.condemned[0] or store._damaged():
             listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-            raise StoreDamagedError(
-                f"{len(bad)} files of {path} are missing or of the wrong size",
-                listed,
-                "Harvest it again, or restore these files",
-            )
+            way_out = f"See harvest verify {path}; harvest repair {path} makes what is damaged again"
+            raise StoreDamagedError(f"{len(bad)} files of {path} are damaged", listed, way_out)
         return store
 
     def _damaged(self) -> list[str]:
@@ -211,6 +234,9 @@ class Store:
             return bad if sealed["id"] == self.header.id else [SEALED]
         except (ValueError, KeyError, TypeError):
             return [SEALED]
+
+    def sources_of(self, model: str) -> list[Source]:
+        return [source for source in self.header.sources.values() if source.model == model]
 
     def source(self, name: str) -> Source:
         """Raises StoreError, naming the store's sources, where there is none of this name."""

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from harvest import work
 from harvest.config import HarvestConfig
 from harvest.job import prepare
 from shared.log import Log
-from shared.store import Store
+from shared.store import FIRST, HELD_OUT, SINK, SPECIAL, Store
 
 Tree = dict[str, bytes]
 
@@ -44,3 +46,22 @@ def harvest(settings: HarvestConfig) -> Store:
 
 def tree(path: Path) -> Tree:
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def stored(store: Store, source: str) -> np.ndarray:
+    """All rows in the model's own units, fp64."""
+    shards = [store.map(f"activations/{source}", shard) for shard in range(store.shards)]
+    return np.concatenate(shards).astype(np.float64) * store.factor(source)
+
+
+def classes(store: Store, source: str) -> list[str]:
+    """The class of every row, as STORE.md words it."""
+    flags_N = np.bitwise_or.reduce([store.column(f"rows/{model}/flags") for model in store.header.models])
+    sink_N = store.column(f"faults/{source}") & SINK
+    split_n = store.column("documents/split")
+    held_N = split_n[store.column("rows/document")] == HELD_OUT
+    return [
+        ("special" if flag & SPECIAL else "first" if flag & FIRST else "sink" if sink else "ordinary")
+        + ("/held_out" if held else "/train")
+        for flag, sink, held in zip(flags_N, sink_N, held_N, strict=True)
+    ]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harvest.cast import FP16_MAX, calibrated, cast, factor_for
+from harvest.cast import FP16_MAX, calibrated, cast, difference, factor_for
 from shared.store import CLIPPED, MASKED, SINK
 
 
@@ -139,13 +139,22 @@ def test_the_norm_is_taken_in_fp32_whatever_the_models_dtype(dtype: torch.dtype)
 
 def test_the_calibration_takes_the_median_of_the_norms_that_are_not_zero() -> None:
     norms = [torch.tensor([0.0, 3.0]), torch.tensor([1.0, 500.0, 2.0, 0.0])]
-    assert calibrated(norms, 70_000.0) == {
-        "factor": 8.0, "largest": 70_000.0, "median_norm": 2.0, "sink_norm": 20.0,
+    assert calibrated(norms, 70_000.0, 0.01) == {
+        "factor": 8.0, "largest": 70_000.0, "median_norm": 2.0, "sink_norm": 20.0, "tolerance": 0.08,
     }  # fmt: skip
 
 
 def test_rows_that_are_all_zero_give_a_scale_that_json_can_hold_and_no_sink() -> None:
-    scale = calibrated([torch.zeros(3)], 0.0)
+    scale = calibrated([torch.zeros(3)], 0.0, 0.0)
     assert scale["factor"] == 1.0
     assert json.loads(json.dumps(scale, allow_nan=False)) == scale
     assert faults(torch.tensor([[1e6], [1.0]]), 64.0, scale["sink_norm"]) == [0, 0]
+    assert scale["tolerance"] == 2**-9  # what fp16 itself rounds, fourfold
+
+
+def test_the_difference_of_two_rows_is_relative_to_the_first() -> None:
+    x_ND = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    y_ND = torch.tensor([[3.0, 4.5], [0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    found = difference(x_ND, y_ND)
+    assert found[:3].tolist() == pytest.approx([0.1, 0.0, 2**0.5])
+    assert found[3] > 1e20

@@ -1,10 +1,14 @@
 """The harvest command as a user meets it: what it prints, and one line for each mistake."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from harvest import cli, work
+from harvest import cli, lock, unit
 from shared import files, models
 from shared.store import Store
 from tests.harvest.pair import config, tree
@@ -143,7 +147,7 @@ def test_flags_and_settings_reach_the_run(harvest: Harvest, home: Path, tmp_path
     assert json.loads((store.path / "receipts" / "00000.gemma.json").read_text())["threads"] == 2
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "sites", "inspect"])
+@pytest.mark.parametrize("command", ["run", "plan", "sites", "inspect", "status", "verify", "repair", "ls"])
 def test_every_command_has_help_with_an_example(harvest: Harvest, command: str) -> None:
     done = harvest(command, "--help")
     assert done.code == 0
@@ -348,7 +352,7 @@ def test_a_store_that_cannot_be_read_gets_one_line(harvest: Harvest, pair: Store
     told = {
         "missing": f"error: no Granary store here: {path}. Give the folder NAME.zarr",
         "unfinished": f"error: this store is not finished: {path} has ",
-        "damaged": f"error: 1 files of {path} are missing or of the wrong size: norms/gemma/c/0. ",
+        "damaged": f"error: 1 files of {path} are damaged: norms/gemma/c/0. See harvest verify ",
     }
     assert_one_line(harvest("inspect", path), 1, told[what])
 
@@ -367,8 +371,8 @@ def test_sites_of_a_model_that_is_nowhere_get_one_line(harvest: Harvest, tmp_pat
 def test_a_fault_in_the_models_values_is_one_line_with_exit_code_1(
     harvest: Harvest, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine = work.rows
-    monkeypatch.setattr(work, "rows", lambda *given: {name: x / 0 for name, x in genuine(*given).items()})
+    genuine = unit.rows
+    monkeypatch.setattr(unit, "rows", lambda *given: {name: x / 0 for name, x in genuine(*given).items()})
     done = harvest("run", write_config(home, tmp_path))
     assert done.code == 1
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
@@ -381,9 +385,145 @@ def test_an_interrupt_ends_with_its_own_code(
     harvest: Harvest, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(cli, "prepare", interrupted)
     done = harvest("plan", write_config(home, tmp_path))
-    assert done.code == 130
-    assert "Traceback" not in done.err
+    assert (done.code, done.err) == (130, "interrupted\n")
+
+
+# --- trust ----------------------------------------------------------------------------------------------------------
+
+
+def copy_of(pair: Store, folder: Path) -> Path:
+    return shutil.copytree(pair.path, folder / "x.zarr")
+
+
+def test_status_tells_how_far_a_store_is(harvest: Harvest, pair: Store, tmp_path: Path) -> None:
+    path = copy_of(pair, tmp_path)
+    (path / "sealed").unlink()
+    (path / "receipts/00000.llama.json").unlink()
+    found = harvest("status", path, "--json").json
+    assert (found["state"], found["units"]["llama"]) == ("unfinished", [pair.shards - 1, pair.shards])
+    text = harvest("status", path).out
+    assert "state  unfinished\n" in text
+    assert f"llama {pair.shards - 1} of {pair.shards}" in text
+    assert "made with  cpu, 1 threads\n" in text
+
+
+def test_a_sound_store_is_said_to_be_and_how_it_was_asked(harvest: Harvest, pair: Store) -> None:
+    for asked, told in (
+        ([], "receipts and sizes; --full reads every file"),
+        (["--full"], "receipts, sizes and checksums"),
+        (["--full", "--deep", "5"], "receipts, sizes and checksums; 5 rows run again and decoded"),
+    ):
+        done = harvest("verify", pair.path, *asked)
+        assert (done.code, done.out) == (0, f"{pair.path}: sound ({told})\n")
+    assert harvest("verify", pair.path, "--json").json == []
+
+
+def test_a_fault_is_a_line_and_exit_code_1_and_repair_mends_it(harvest: Harvest, pair: Store, tmp_path: Path) -> None:
+    path, name = copy_of(pair, tmp_path), "activations/gemma/c/0/0"
+    before = tree(path)
+    (path / name).write_bytes(bytes(len(before[name])))
+    assert harvest("verify", path).code == 0
+    done = harvest("verify", path, "--full")
+    assert done.code == 1
+    assert done.out.startswith(f"{name} has another checksum in ") and done.out.endswith(" (shard 0 of gemma)\n")
+    told = f"error: 1 files of {path} are damaged: {name} has another checksum"
+    for command in (("inspect", path), ("run", config_of(pair), "--store", path)):
+        again = harvest(*command)
+        assert (again.code, again.err.splitlines()[-1][: len(told)]) == (1, told)
+    (fault,) = harvest("verify", path, "--full", "--json").json
+    assert (fault["file"], fault["unit"]) == (name, [0, "gemma"])
+    mended = harvest("repair", path)
+    assert (mended.code, mended.out) == (0, f"{path}: 1 units made again\n")
+    assert tree(path) == before
+    assert harvest("verify", path, "--full").code == 0
+    assert harvest("repair", path, "--full").out == f"{path}: 0 units made again\n"
+
+
+def test_ls_shows_stores(harvest: Harvest, pair: Store, tmp_path: Path) -> None:
+    path = copy_of(pair, tmp_path)
+    assert harvest("ls", tmp_path).out.startswith(f"{path}  finished  120 rows  ")
+    assert harvest("ls", tmp_path, "--json").json[0]["id"] == pair.header.id
+    (tmp_path / "empty").mkdir()
+    assert_one_line(harvest("ls", tmp_path / "empty"), 1, f"error: no store below this folder: {tmp_path}/empty. ")
+
+
+# --- two at once, and stops -----------------------------------------------------------------------------------------
+
+SLOW = """
+import signal, sys, time
+from harvest import unit
+from harvest.cli import main
+genuine = unit.rows
+def slow(*given):
+    time.sleep(0.2)
+    return genuine(*given)
+unit.rows = slow
+main()
+"""
+
+
+@contextmanager
+def slow_run(home: Path, folder: Path) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
+    """A harvest in a process of its own that is at its first units, and its store."""
+    file = write_config(home, folder)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        for _ in range(600):
+            if list((folder / "pair.zarr" / "receipts").glob("0*.json")):
+                break
+            time.sleep(0.1)
+        yield process, folder / "pair.zarr"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_harvest_of_a_store_is_refused_and_changes_nothing(
+    harvest: Harvest, home: Path, tmp_path: Path
+) -> None:
+    with slow_run(home, tmp_path) as (process, path):
+        done = harvest("run", tmp_path / "pair.toml")
+        assert done.code == 1
+        assert f"another harvest holds this store: {path} by process {process.pid} on " in done.err.splitlines()[-1]
+        assert harvest("status", path, "--json").json["held_by"][0].startswith(f"process {process.pid} on ")
+        assert process.poll() is None
+    done = harvest("run", tmp_path / "pair.toml")  # it was killed
+    assert (done.code, "taking over from process" in done.err) == (0, True)
+    assert Store.open(path).rows == 120
+    assert not lock.folder_of(path).exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_harvest_lets_go_and_tells_how_to_go_on(
+    harvest: Harvest, home: Path, pair: Store, tmp_path: Path, number: int, code: int
+) -> None:
+    with slow_run(home, tmp_path) as (process, path):
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code
+    assert "Traceback" not in err
+    *_, stored, command, last = err.splitlines()
+    made = len(Store.at(path).units) - len(Store.at(path).missing())
+    assert stored == f"{made} of {len(Store.at(path).units)} units are stored"
+    assert command == f"to go on: harvest run {tmp_path}/pair.toml"
+    assert last == {130: "interrupted", 143: "terminated"}[code]
+    assert not list(path.rglob("*.partial")) and not lock.folder_of(path).exists()
+    assert harvest(*command.split()[4:]).code == 0
+    assert tree(path) == tree(pair.path)
+
+
+def test_the_log_beside_a_store_has_times_hosts_and_processes(harvest: Harvest, home: Path, tmp_path: Path) -> None:
+    assert harvest("run", write_config(home, tmp_path)).code == 0
+    events = [json.loads(line) for line in (tmp_path / "pair.zarr.log").read_text().splitlines()]
+    assert [event["event"] for event in events][:1] == ["start"]
+    assert events[0]["process"] == os.getpid() and events[0]["host"]
+    assert [event["event"] for event in events].count("unit") == 2 * Store.open(tmp_path / "pair.zarr").shards
+    before = (tmp_path / "pair.zarr.log").read_bytes()
+    assert harvest("run", tmp_path / "pair.toml").code == 0
+    assert (tmp_path / "pair.zarr.log").read_bytes() == before

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harvest.forward import Batch, Batches, rows
+from harvest.forward import Batch, Batches, reshaped, rows
 from shared.store import Store
 
 MODELS = ("llama", "gemma")
@@ -82,3 +82,22 @@ def test_rows_are_taken_from_their_places_under_the_names_of_their_sources(pair:
     assert torch.equal(found["early"], -found["late"])
     assert asked.keys() == {"input_ids", "attention_mask"}
     assert torch.equal(asked["input_ids"], batch.ids_BT)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_reshaped_batch_makes_some_of_the_same_rows_in_another_shape(pair: Store, model: str) -> None:
+    for _, batch in every(pair, model):
+        other = reshaped(batch)
+        assert other.ids_BT.shape != batch.ids_BT.shape
+        assert 0 < len(other.row_N) <= len(batch.row_N)
+        assert other.row_N.tolist() == batch.row_N[: len(other.row_N)].tolist()
+        here, there = (one.ids_BT.flatten()[one.place_N[: len(other.row_N)]] for one in (batch, other))
+        assert torch.equal(here, there)
+
+
+def test_the_batches_that_hold_a_row_make_it(pair: Store) -> None:
+    batches = Batches(pair, "llama")
+    for row in (0, 85, 299):
+        shard = row // pair.shard_rows
+        (found,) = batches.holding(shard, np.array([row]))
+        assert row in found.row_N

@@ -5,7 +5,6 @@ Letters: T tokens of a segment, N rows, D width, G segments.
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harvest import plan, work
-from harvest.forward import Batch
 from harvest.job import prepare
 from shared import files, models
-from shared.errors import ActivationError, SpaceError, StoreError, StoreMismatchError
+from shared.errors import SpaceError, StoreError, StoreMismatchError
 from shared.log import Log
 from shared.moments import CLASSES
-from shared.store import CLIPPED, FIRST, HELD_OUT, MASKED, SINK, SPECIAL, Store
-from tests.harvest.pair import config, harvest, one, tree
+from shared.store import Store
+from tests.harvest.pair import classes, config, harvest, one, stored, tree
 from tests.tiny import TEXTS, byte_level, save_model, sentencepiece
 
 ROUNDING = 2.0**-11  # of fp16, relative
 PADDING = 2e-5  # another length of padding sums fp32 in another order; values are about 1
-
-
-def stored(store: Store, source: str) -> np.ndarray:
-    """All rows in the model's own units, fp64."""
-    shards = [store.map(f"activations/{source}", shard) for shard in range(store.shards)]
-    return np.concatenate(shards).astype(np.float64) * store.factor(source)
 
 
 def load(store: Store, name: str) -> nn.Module:
@@ -99,19 +91,6 @@ def test_moments_are_those_of_the_models_own_rows_per_class(pair: Store, source:
             np.testing.assert_allclose(moments.m2_D, ((x_ND - x_ND.mean(0)) ** 2).sum(0), rtol=1e-4, atol=1e-4)
             assert moments.largest == pytest.approx(np.abs(x_ND).max(), rel=1e-4)
     assert pair.moments(source, CLASSES).count == pair.rows
-
-
-def classes(store: Store, source: str) -> list[str]:
-    """The class of every row, as STORE.md words it."""
-    flags_N = np.bitwise_or.reduce([store.column(f"rows/{model}/flags") for model in store.header.models])
-    sink_N = store.column(f"faults/{source}") & SINK
-    split_n = store.column("documents/split")
-    held_N = split_n[store.column("rows/document")] == HELD_OUT
-    return [
-        ("special" if flag & SPECIAL else "first" if flag & FIRST else "sink" if sink else "ordinary")
-        + ("/held_out" if held else "/train")
-        for flag, sink, held in zip(flags_N, sink_N, held_N, strict=True)
-    ]
 
 
 def test_decoding_both_token_prefixes_of_every_row_ends_at_the_same_character(home: Path, pair: Store) -> None:
@@ -253,14 +232,14 @@ def test_a_run_that_died_in_a_unit_goes_on_to_the_same_bytes(
     assert all(before[name] == tree(pair.path)[name] for name in kept)
 
 
-@pytest.mark.parametrize("step", ["freeze", "seal", "calibrate"])
+@pytest.mark.parametrize("step", ["freeze", "seal", "fix_scale"])
 def test_a_run_that_died_between_its_steps_goes_on_to_the_same_bytes(
     home: Path, pair: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def die(*_: Any, **__: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr(work if step == "calibrate" else Store, step, die)
+    monkeypatch.setattr(work.Worker if step == "fix_scale" else Store, step, die)
     with pytest.raises(Killed):
         harvest(config(home, tmp_path / "x.zarr"))
     monkeypatch.undo()
@@ -281,120 +260,6 @@ def test_a_finished_store_is_returned_at_once(home: Path, pair: Store, monkeypat
     before = tree(pair.path)
     assert harvest(config(home, pair.path)).header == pair.header
     assert tree(pair.path) == before
-
-
-# --- values that must not be stored ---------------------------------------------------------------------------------
-
-
-def inject(monkeypatch: pytest.MonkeyPatch, source: str, row: int, value: float, when: Callable[[], bool]) -> None:
-    """Let the model's own value at one row of one source be another."""
-    genuine = work.rows
-
-    def rows(run: Any, batch: Batch, names: Any, device: str) -> dict[str, Tensor]:
-        found = genuine(run, batch, names, device)
-        if source in found and when():
-            found[source] = found[source].clone()
-            found[source][torch.from_numpy(batch.row_N == row), 3] = value
-        return found
-
-    monkeypatch.setattr(work, "rows", rows)
-
-
-def always() -> bool:
-    return True
-
-
-@pytest.fixture
-def after_calibration(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
-    """Whether the scale is frozen by now."""
-    frozen, genuine = [], Store.freeze
-
-    def freeze(self: Store, scale: Any) -> Store:
-        frozen.append(scale)
-        return genuine(self, scale)
-
-    monkeypatch.setattr(Store, "freeze", freeze)
-    return lambda: bool(frozen)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_not_finite_fails_its_unit_and_names_document_token_and_site(
-    home: Path, pair: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float,
-    after_calibration: Callable[[], bool],
-) -> None:  # fmt: skip
-    row = 2 * pair.shard_rows + 2
-    inject(monkeypatch, "inner", row, value, after_calibration)
-    with pytest.raises(ActivationError) as caught:
-        harvest(config(home, tmp_path / "x.zarr"))
-    message = str(caught.value)
-    token = pair.column("tokens/llama/id")[pair.column("rows/llama/token")[row]]
-    text = models.load_tokenizer(models.resolve(str(home / "llama"))).decode([int(token)])
-    document = pair.document_ids()[pair.column("rows/document")[row]]
-    assert message.startswith(f"inner (mlp_out.1) is not finite: document {document!r}, token {text!r}, row {row}. ")
-    assert 'set store.nonfinite to "mask"' in message
-    assert "\n" not in message
-    store = Store(tmp_path / "x.zarr", pair.header)
-    assert not store.sealed
-    assert not store.has(2, "llama")
-    monkeypatch.undo()
-    assert tree(harvest(config(home, tmp_path / "x.zarr")).path) == tree(pair.path)
-
-
-def test_masking_stores_zeros_flags_the_row_and_leaves_it_out_of_the_moments(
-    home: Path, pair: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inject(monkeypatch, "inner", 77, float("nan"), always)
-    store = harvest(config(home, tmp_path / "x.zarr", store={"nonfinite": "mask"}))
-    assert store.header.id != pair.header.id
-    assert {name: store.fault_counts(name)["masked"] for name in store.header.sources} == {
-        "early": 0, "inner": 1, "gemma": 0,
-    }  # fmt: skip
-    assert store.column("faults/inner")[77] == MASKED
-    clean_ND, masked_ND = stored(pair, "inner"), stored(store, "inner")
-    assert not masked_ND[77].any()
-    assert clean_ND[77].any()
-    assert np.array_equal(np.delete(masked_ND, 77, 0), np.delete(clean_ND, 77, 0))
-    assert np.array_equal(stored(store, "early"), stored(pair, "early"))
-    assert store.moments("inner", CLASSES).count == 299
-    kind = classes(pair, "inner")[77]
-    assert store.moments("inner", [kind]).count == pair.moments("inner", [kind]).count - 1
-
-
-def test_a_model_that_overflows_on_a_token_is_masked_where_it_does(home: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(home / "llama", tmp_path / "broken")
-    weights = load_file(folder / "model.safetensors")
-    bad = int(models.load_tokenizer(models.resolve(str(folder)))("1").input_ids[0])
-    weights["model.embed_tokens.weight"][bad] = float("nan")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    asked = {"llama": {"path": str(folder), "sites": ["resid.0"]}}
-    with pytest.raises(ActivationError, match=r"llama \(resid.0\) is not finite: document"):
-        harvest(config(home, tmp_path / "x.zarr", models=asked))
-    store = harvest(config(home, tmp_path / "y.zarr", models=asked, store={"nonfinite": "mask"}))
-    masked_N = store.column("faults/llama") & MASKED > 0
-    assert 0 < masked_N.sum() < store.rows
-    ids, segment = store.column("tokens/llama/id"), store.column("tokens/llama/segment")
-    row = store.column("segments/row")
-    for g in range(len(row) - 1):
-        assert bad in ids[segment[g] : segment[g + 1]] or not masked_N[row[g] : row[g + 1]].any()
-    assert masked_N[ids[store.column("rows/llama/token")] == bad].all()
-
-
-def test_what_passes_the_headroom_is_clipped_flagged_and_counted(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_calibration: Callable[[], bool]
-) -> None:
-    inject(monkeypatch, "early", 123, -7e5, after_calibration)
-    said = tmp_path / "log.jsonl"
-    with Log(said, quiet=True) as log:
-        store = work.run(prepare(config(home, tmp_path / "x.zarr"), log), log)
-    assert store.factor("early") == 1.0
-    assert store.fault_counts("early") == {"clipped": 1, "masked": 0, "sink": 1}
-    assert store.column("faults/early")[123] == CLIPPED | SINK
-    assert stored(store, "early")[123, 3] == -65_504
-    norms_N = np.concatenate([store.map("norms/early", shard) for shard in range(store.shards)])
-    assert norms_N[123] == pytest.approx(7e5)
-    assert store.moments("early", CLASSES).largest == pytest.approx(7e5)
-    messages = [json.loads(line).get("message", "") for line in said.read_text().splitlines()]
-    assert any(f"shard {123 // store.shard_rows}: clipped or masked rows:" in message for message in messages)
 
 
 # --- refusals before anything is spent ------------------------------------------------------------------------------

@@ -47,4 +47,5 @@ def test_the_files_of_a_unit_belong_to_the_arrays_of_its_source(source: str) -> 
     assert [name.split("/c/")[1] for name in names] == ["2/0", "2", "2", "2/0/0"]
     for name, array in zip(names, arrays.values(), strict=True):
         assert len(name.split("/c/")[1].split("/")) == len(array.shape)
-    assert layout.receipt_file(2, "m") == "receipts/00002.m.json"
+    assert layout.receipt_file((2, "m")) == "receipts/00002.m.json"
+    assert layout.receipt_file(None) == "receipts/plan.json"

@@ -714,7 +714,7 @@ def lengthen(path: Path) -> None:
 )
 def test_a_file_that_is_missing_or_of_another_size_is_named(finished: Path, damage: Break, name: str) -> None:
     damage(finished / name)
-    with pytest.raises(StoreDamagedError, match=r"1 files of .* are missing or of the wrong size") as caught:
+    with pytest.raises(StoreDamagedError, match=r"1 files of .* are damaged") as caught:
         Store.open(finished)
     assert caught.value.value == name
 

@@ -1,0 +1,162 @@
+"""Does a store hold what its models compute, and do its rows pair the same text? Asked of a random sample of rows.
+
+Letters: N rows of a batch, D width.
+"""
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harvest.bench import Bench
+from harvest.cast import cast, difference
+from harvest.forward import Batch
+from harvest.work import Worker
+from shared import layout, models, verify
+from shared.device import torch_threads
+from shared.errors import StoreDamagedError
+from shared.layout import SEALED, Unit
+from shared.log import Log, bar
+from shared.models import Tokenizer
+from shared.store import Store
+from shared.verify import Fault
+
+
+def files_of(store: Store, full: bool, log: Log) -> list[Fault]:
+    """What is wrong with the store's files; every checksum where `full`."""
+    if not full:
+        return verify.quick(store)
+    total = sum(entry.size for entry in verify.read_receipts(store)[0])
+    with bar("checksums", "bytes", total, quiet=log.quiet) as progress:
+        return verify.full(store, tick=progress.update)
+
+
+def contents(store: Store, bench: Bench, count: int, seed: int, log: Log) -> list[Fault]:
+    """What is wrong with the values and the pairs of `count` random rows. The store must be finished."""
+    sampled = sample(store, count, seed)
+    tokenizers = {name: models.load_tokenizer(checkpoint) for name, checkpoint in bench.checkpoints.items()}
+    total = len(sampled) * len(tokenizers)
+    with (
+        torch_threads(bench.threads),
+        Worker(store, bench, log) as worker,
+        bar("running again", "rows", total, quiet=log.quiet) as progress,
+    ):
+        return pairs(store, sampled, tokenizers) + activations(worker, sampled, progress.update)
+
+
+def write_down(store: Store, faults: Sequence[Fault], log: Log) -> None:
+    """Let nobody open a store with faults before it is repaired."""
+    if not faults:
+        return
+    try:
+        store.condemn([str(fault) for fault in faults], to_mend(store, faults, strict=False))
+    except OSError as error:
+        log.event("verify", f"this is not written into the store, which can still be trained on: {error}")
+
+
+def to_mend(store: Store, faults: Sequence[Fault], strict: bool = True) -> list[Unit]:
+    """The units that mend these faults and those found before. `strict`: raises StoreDamagedError where none would."""
+    beyond = [str(fault) for fault in faults if fault.unit is None and fault.file != SEALED]
+    if beyond and strict:
+        raise StoreDamagedError("the plan itself is damaged", ", ".join(beyond), "Harvest into another path")
+    return sorted({*store.condemned[1], *(fault.unit for fault in faults if fault.unit is not None)})
+
+
+def sample(store: Store, count: int, seed: int) -> np.ndarray:
+    """Row numbers, sorted, without repetition."""
+    return np.sort(np.random.default_rng(seed).choice(store.rows, min(count, store.rows), replace=False))
+
+
+def activations(worker: Worker, sampled: np.ndarray, tick: Callable[[int], object] = int) -> list[Fault]:
+    """Run the planned batches of these rows again, and compare every row they make with the stored one.
+
+    Rows differ where |stored - computed| / |computed| is above the tolerance that the calibration measured. `tick` is
+    called with sampled rows done, of each model.
+    """
+    store, faults = worker.store, []
+    for model in store.header.models:
+        for shard in np.unique(sampled // store.shard_rows).tolist():
+            wanted = sampled[sampled // store.shard_rows == shard]
+            differences: dict[str, list[tuple[Tensor, np.ndarray]]] = defaultdict(list)
+            for batch in worker.maker(model).batches.holding(shard, wanted):
+                for source, x_ND in worker.maker(model).run(batch).items():
+                    differences[source].append((_against(store, source, shard, batch, x_ND), batch.row_N))
+            tick(len(wanted))
+            for source, found in differences.items():
+                faults += _judged(store, source, shard, model, found)
+    return faults
+
+
+def _against(store: Store, source: str, shard: int, batch: Batch, x_ND: Tensor) -> Tensor:
+    """Relative differences per row. Masked and clipped rows are what `cast` makes of the computed ones."""
+    assert store.header.scale is not None
+    scale = store.header.scale[source]
+    made = cast(x_ND, scale["factor"], scale["sink_norm"])
+    stored_ND = store.map(f"activations/{source}", shard)[batch.row_N - shard * store.shard_rows]
+    return difference(made.values_ND.cpu().float(), torch.from_numpy(stored_ND).float())
+
+
+def _judged(
+    store: Store, source: str, shard: int, model: str, found: Sequence[tuple[Tensor, np.ndarray]]
+) -> list[Fault]:
+    assert store.header.scale is not None
+    difference_N = torch.cat([one for one, _ in found]).numpy()
+    row_N = np.concatenate([rows for _, rows in found])
+    bad_N = ~(difference_N <= store.header.scale[source]["tolerance"])  # NaN is bad
+    if not bad_N.any():
+        return []
+    what = (
+        f"is not what the model computes in {bad_N.sum()} of {len(bad_N)} rows that were run again, such as row "
+        f"{row_N[bad_N].min()} (largest relative difference {np.nanmax(difference_N):.2g})"
+    )
+    return [Fault(layout.unit_files(source, shard)[0], what, (shard, model))]
+
+
+def pairs(store: Store, sampled: np.ndarray, tokenizers: Mapping[str, Tokenizer]) -> list[Fault]:
+    """Decode, of each sampled row, every model's tokens from the start of the segment to the row's own.
+
+    All must give one text. (Where two tokenizers do not spell a whole segment alike, as where one knows no upper case,
+    letters alone are compared.) The offsets that made the pairs are not looked at.
+    """
+    faults = []
+    texts = {name: Prefixes(store, name, tokenizer) for name, tokenizer in tokenizers.items()}
+    segment_N = np.searchsorted(store.column("segments/row"), sampled, "right") - 1
+    for row, segment in zip(sampled.tolist(), segment_N.tolist(), strict=True):
+        for one, two in pairwise(texts):
+            wholes = texts[one].whole(segment), texts[two].whole(segment)
+            prefixes = texts[one].upto(row, segment), texts[two].upto(row, segment)
+            if wholes[0] != wholes[1]:
+                prefixes = letters(prefixes[0]), letters(prefixes[1])
+            if prefixes[0] != prefixes[1]:
+                ends = f"{one} ends {prefixes[0][-20:]!r}, {two} ends {prefixes[1][-20:]!r}"
+                faults.append(Fault(f"rows/{two}/token", f"pairs other text in row {row}: {ends}"))
+    return faults
+
+
+class Prefixes:
+    """The text of a model's segments up to a row."""
+
+    def __init__(self, store: Store, model: str, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids_T, self.segment_G = store.column(f"tokens/{model}/id"), store.column(f"tokens/{model}/segment")
+        self.token_N = store.column(f"rows/{model}/token")
+
+    def whole(self, segment: int) -> str:
+        return self._decode(int(self.segment_G[segment]), int(self.segment_G[segment + 1]))
+
+    def upto(self, row: int, segment: int) -> str:
+        return self._decode(int(self.segment_G[segment]), int(self.token_N[row]) + 1)
+
+    def _decode(self, start: int, stop: int) -> str:
+        ids = self.ids_T[start:stop].tolist()
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def letters(text: str) -> str:
+    """What is left of a text when case, accents, white space and forms of one letter do not count."""
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(letter for letter in plain if not letter.isspace() and not unicodedata.combining(letter))

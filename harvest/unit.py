@@ -1,0 +1,84 @@
+"""One unit: the batches of one shard of one model -> what store.put takes.
+
+Letters: N rows of a batch, D width.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harvest.cast import cast
+from harvest.forward import Batch, Batches, rows
+from shared import hooks
+from shared.errors import ActivationError
+from shared.models import Tokenizer
+from shared.moments import CLASSES, Moments, class_of
+from shared.store import FIRST, HELD_OUT, MASKED, SINK, SPECIAL, Part, Store
+
+
+class UnitMaker:
+    """Runs the batches of one model and collects its rows, shard by shard."""
+
+    def __init__(self, store: Store, name: str, captured: hooks.Run, tokenizer: Tokenizer, device: str) -> None:
+        self.store, self.name, self.captured, self.tokenizer, self.device = store, name, captured, tokenizer, device
+        self.batches = Batches(store, name)
+        self.sites = {source.site: source.name for source in store.sources_of(name)}
+        flags = [store.column(f"rows/{model}/flags") for model in store.header.models]
+        self.special_N = np.logical_or.reduce([one & SPECIAL > 0 for one in flags])
+        self.first_N = np.logical_or.reduce([one & FIRST > 0 for one in flags])
+        self.held_out_N = store.column("documents/split")[store.column("rows/document")] == HELD_OUT
+
+    def make(self, shard: int, tick: Any) -> dict[str, Part]:
+        """The parts of one unit. Raises ActivationError at a value that is not finite, unless they are to be masked."""
+        inside = self.store.rows_of(shard)
+        parts = {source: self._empty(source, len(inside)) for source in self.sites.values()}
+        moments = {
+            source: [Moments.empty(part.activations_ND.shape[1]) for _ in CLASSES] for source, part in parts.items()
+        }
+        for batch in self.batches.of(shard):
+            for source, x_ND in self.run(batch).items():
+                self._take(source, x_ND, batch, parts[source], moments[source], inside.start)
+            tick(len(batch.row_N))
+        for source, part in parts.items():
+            part.moments_XK[:] = [one.pack() for one in moments[source]]
+        return parts
+
+    def run(self, batch: Batch) -> dict[str, Tensor]:
+        """{source: x_ND}, not cast."""
+        return rows(self.captured, batch, self.sites, self.device)
+
+    def _empty(self, source: str, count: int) -> Part:
+        width = self.store.header.sources[source].width
+        packed = np.empty((len(CLASSES), len(Moments.empty(width).pack())))
+        return Part(
+            np.empty((count, width), np.float16), np.empty(count, np.float32), np.empty(count, np.uint8), packed
+        )
+
+    def _take(self, source: str, x_ND: Tensor, batch: Batch, part: Part, moments: list[Moments], start: int) -> None:
+        assert self.store.header.scale is not None
+        scale = self.store.header.scale[source]
+        done = cast(x_ND, scale["factor"], scale["sink_norm"])
+        masked_N = done.faults_N & MASKED > 0
+        if masked_N.any() and self.store.header.spec["store"]["nonfinite"] == "fail":
+            raise self._nonfinite(source, int(batch.row_N[masked_N.argmax()]))
+        at_N = batch.row_N - start
+        part.activations_ND[at_N] = done.values_ND.cpu().numpy()
+        part.norms_N[at_N] = done.norms_N.cpu().numpy()
+        part.faults_N[at_N] = done.faults_N
+        row_N = batch.row_N
+        class_N = class_of(self.special_N[row_N], self.first_N[row_N], done.faults_N & SINK > 0, self.held_out_N[row_N])
+        x_cpu = done.x_ND.cpu()
+        for index in np.unique(class_N[~masked_N]):
+            moments[index] = moments[index].merge(Moments.of(x_cpu[torch.from_numpy((class_N == index) & ~masked_N)]))
+
+    def _nonfinite(self, source: str, row: int) -> ActivationError:
+        document = self.store.document_ids()[self.store.column("rows/document")[row]]
+        token = self.store.column(f"tokens/{self.name}/id")[self.store.column(f"rows/{self.name}/token")[row]]
+        text = self.tokenizer.decode([int(token)])
+        return ActivationError(
+            f"{source} ({self.store.header.sources[source].site}) is not finite",
+            f"document {document!r}, token {text!r}, row {row}",
+            'Run the model in float32 or bfloat16, or set store.nonfinite to "mask"',
+        )

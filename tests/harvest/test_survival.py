@@ -1,0 +1,133 @@
+"""A harvest that is killed at any moment, or runs out of disk, goes on to the same bytes and leaves nothing behind."""
+
+import errno
+import multiprocessing
+import os
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harvest import lock
+from harvest.config import HarvestConfig
+from shared import files
+from shared.errors import one_line
+from shared.store import Store
+from tests.harvest.pair import config, harvest, tree
+
+KILLS = 25
+
+
+def run(asked: HarvestConfig) -> None:
+    torch.set_num_threads(1)
+    harvest(asked)
+
+
+def begun(asked: HarvestConfig) -> ForkServerProcess:
+    """A process that harvests, forked from one that has imported torch and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    families = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "gemma3")]
+    context.set_forkserver_preload(["tests.harvest.test_survival", *families, "pydoc_data.topics"])
+    process = context.Process(target=run, args=(asked,))
+    process.start()
+    return process
+
+
+def nothing_left(path: Path) -> bool:
+    return not list(path.parent.rglob("*.partial")) and not lock.folder_of(path).exists()
+
+
+def test_kill_9_at_random_moments(home: Path, pair: Store, tmp_path: Path) -> None:
+    expected, chance = tree(pair.path), random.Random(0)
+    begun(config(home, tmp_path / "first.zarr")).join()  # the server has to import torch
+    started = time.monotonic()
+    whole = begun(config(home, tmp_path / "whole.zarr"))
+    whole.join()
+    takes_s = time.monotonic() - started
+    assert (whole.exitcode, tree(tmp_path / "whole.zarr")) == (0, expected)
+    kills = number = 0
+    reached = set()  # how many units there were when it was killed
+    while kills < KILLS:
+        path = tmp_path / f"{number}.zarr"
+        process = begun(config(home, path))
+        process.join(chance.uniform(0, takes_s))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+            reached.add(len(list(path.glob("receipts/0*"))) if path.exists() else -1)
+        if (path / "sealed").exists() or kills % 5 == 0:
+            assert tree(harvest(config(home, path)).path) == expected
+            assert nothing_left(path)
+            number += 1
+    assert len(reached) >= 4  # it was killed while planning, calibrating, and at several units
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a disk here")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)  # maps of its files may be open
+
+
+def after_unit(monkeypatch: pytest.MonkeyPatch, number: int, then: Callable[[], Any]) -> None:
+    """Do something when so many units are on the disk."""
+    genuine, puts = Store.put, []
+
+    def put(self: Store, *given: Any) -> dict[str, Any]:
+        receipt = genuine(self, *given)
+        puts.append(receipt)
+        if len(puts) == number:
+            then()
+        return receipt
+
+    monkeypatch.setattr(Store, "put", put)
+
+
+def test_a_disk_that_fills_up_is_a_clean_stop_and_the_harvest_goes_on_when_there_is_room(
+    home: Path, pair: Store, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, filler = small_disk / "x.zarr", small_disk / "filler"
+    after_unit(monkeypatch, 2, lambda: filler.write_bytes(bytes(files.free_bytes(small_disk) - 8192)))
+    with pytest.raises(SystemExit) as ended, one_line():
+        harvest(config(home, path))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith(f"error: No space left on device: {path}")
+    monkeypatch.undo()
+    filler.unlink()
+    assert 0 < len(Store.at(path).missing()) < 8
+    assert nothing_left(path)
+    assert tree(harvest(config(home, path)).path) == tree(pair.path)
+
+
+@pytest.mark.parametrize("call", [1, 2, 5, 20, 60, 120])
+def test_a_write_that_fails_anywhere_stops_cleanly_and_resumes(
+    home: Path, pair: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    calls = 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        harvest(config(home, tmp_path / "x.zarr"))
+    monkeypatch.undo()
+    assert nothing_left(tmp_path / "x.zarr")
+    assert tree(harvest(config(home, tmp_path / "x.zarr")).path) == tree(pair.path)
