@@ -15,7 +15,7 @@ from torch import Tensor
 from harvest.bench import Bench
 from harvest.cast import cast, difference
 from harvest.forward import Batch
-from harvest.work import Worker
+from harvest.worker import Worker
 from shared import layout, models, verify
 from shared.device import torch_threads
 from shared.errors import StoreDamagedError

@@ -35,6 +35,11 @@ Again = Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto; 
 AgainThreads = Annotated[int | None, typer.Option("--threads", help="Torch threads; none: as the store was made.")]
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The folder of a store.")]
 Moved = Annotated[list[str] | None, typer.Option("--model", help="NAME=PATH: where a model of the store lies now.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes on this machine: one per GPU, or --threads each.")
+]
+Scheduler = Annotated[str | None, typer.Option("--scheduler", help="A dask scheduler: tcp://host:8786.")]
+PartOption = Annotated[str | None, typer.Option("--part", help="I/N: every N-th unit, for job arrays without one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -46,15 +51,24 @@ def main() -> None:
 @app.command()
 def run(
     config_file: ConfigFile, settings: Settings = None, store: StorePath = None, device: Device = None,
-    threads: Threads = None, as_json: Json = False,
+    threads: Threads = None, workers: Workers = None, scheduler: Scheduler = None, part: PartOption = None,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Harvest: plan, run the models, write the store. An unfinished store is finished; a finished one is left alone.
 
-    Example: harvest run pair.toml --store pair.zarr --set rows.count=1000000
+    Example: harvest run pair.toml --store pair.zarr --set rows.count=1000000 --workers 4
     """
-    asked = _config(config_file, settings, store, device, threads)
+    asked, share = _config(config_file, settings, store, device, threads), _part(part)
+    if sum(option is not None for option in (workers, scheduler, part)) > 1:
+        raise ConfigError("give one of --workers, --scheduler and --part", f"--part {part}", "Each shares out the work")
     with Log() as log, _resumable(Path(asked.store.path)):
-        made = work.run(prepare(asked, log), log)
+        job = prepare(asked, log)
+        found = bench.Bench(job.checkpoints, asked.device, asked.threads)
+        with _crew(None if work.is_finished(job) else workers, scheduler, found, log) as crew:
+            made = work.run(job, crew, log, share)
+    if not made.sealed:
+        print(f"{made.path}: this part is done; the last one seals the store")
+        return
     _print({"store": str(made.path), "id": made.header.id, **_summary(made)}, as_json)
 
 
@@ -181,7 +195,7 @@ def repair(
     with Log() as log, _resumable(store):
         units = check.to_mend(opened, check.files_of(opened, full, log))
         if units or not opened.sealed or opened.condemned[0]:
-            work.repair(opened, units, _bench(opened, model, device, threads, log), log)
+            work.repair(opened, units, work.OneProcess(_bench(opened, model, device, threads, log), log), log)
     print(f"{store}: {len(units)} units made again")
 
 
@@ -242,6 +256,26 @@ def _bench(store: Store, moved: list[str] | None, device: str | None, threads: i
     where = _moved(moved or [], list(store.header.models))
     found = bench.find(store.header, where, lambda text: log.event("prepare", text))
     return bench.Bench(found, device or made_with[0]["device"], threads or made_with[0]["threads"])
+
+
+def _part(text: str | None) -> work.Part | None:
+    if text is None:
+        return None
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise ConfigError("--part must read I/N", text, "Example: --part 1/8, up to 8/8")
+    return work.Part(int(number), int(of))
+
+
+@contextmanager
+def _crew(workers: int | None, scheduler: str | None, found: bench.Bench, log: Log) -> Iterator[work.Crew]:
+    if workers is None and scheduler is None:
+        yield work.OneProcess(found, log)
+        return
+    from harvest import cluster  # dask takes a while to load
+
+    with cluster.local(workers, found, log) if workers else cluster.remote(str(scheduler), found, log) as crew:
+        yield crew
 
 
 @contextmanager

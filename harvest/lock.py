@@ -8,9 +8,10 @@ import os
 import platform
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,8 @@ from shared.errors import LockError
 BEAT_S = 10.0  # between two signs of life
 SILENT_S = 120.0  # without one, a process on another machine counts as gone
 WHOLE = "whole"  # the slot of a harvest that makes every unit; parts have slots such as 2-of-8
+BEGIN = "begin"  # a second slot of the part that plans, calibrates or seals
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,10 @@ class Holder:
         return cls(slot, platform.node(), _machine(), process.pid, process.create_time(), uuid.uuid4().hex)
 
     def excludes(self, slot: str) -> bool:
-        """Different parts of one whole stand beside each other; all else is alone."""
-        return self.slot == slot or WHOLE in (self.slot, slot) or self.slot.split("-of-")[1] != slot.split("-of-")[1]
+        """Different parts of one whole stand beside each other, and one of them may begin; all else is alone."""
+        if self.slot == slot or WHOLE in (self.slot, slot):
+            return True
+        return BEGIN not in (self.slot, slot) and self.slot.split("-of-")[1] != slot.split("-of-")[1]
 
     def gone(self, silent_s: float) -> bool:
         """Whether the process has ended: known on its own machine, elsewhere a matter of its silence."""
@@ -95,6 +100,24 @@ def hold(store: Path, say: Callable[[str], None], slot: str = WHOLE) -> Iterator
             files.sweep(mine.parent)
             with suppress(OSError):  # others are in it
                 mine.parent.rmdir()
+
+
+@contextmanager
+def wait(store: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold BEGIN while the block runs, as soon as no other part does."""
+    told = False
+    while True:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(hold(store, say, BEGIN))
+            except LockError as error:
+                if not told:
+                    say(f"waiting for another part: {error.value}")
+                told = True
+                time.sleep(POLL_S)
+                continue
+            yield
+            return
 
 
 def _evict(store: Path, me: Holder, say: Callable[[str], None]) -> None:

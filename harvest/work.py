@@ -1,53 +1,129 @@
-"""The effect: plan -> store. One unit is one shard of one model, safe to make twice."""
+"""The effect: plan -> store. One unit is one shard of one model, safe to make twice, by whoever makes it."""
 
-import math
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 from harvest import lock, plan
 from harvest.bench import Bench
-from harvest.cast import calibrated, cast, difference
-from harvest.forward import Batches, reshaped, rows
 from harvest.job import Job
-from harvest.unit import UnitMaker
-from shared import files, hooks, models
-from shared.device import device_of, torch_threads
-from shared.errors import StoreError
+from harvest.worker import Scale, Worker
+from shared import files
+from shared.device import torch_threads
+from shared.errors import StoreDamagedError, StoreError
 from shared.layout import GROUP, Unit
 from shared.log import Log, bar
-from shared.store import Header, Part, Store
+from shared.store import Header, Store
 
-Scale = dict[str, dict[str, float]]  # {source: attributes.granary.scale}
+Receipt = Mapping[str, Any]
+Tick = Callable[[int], object]
 
 
-def run(job: Job, log: Log) -> Store:
-    """Make every unit that is missing, and seal the store. Raises LockError where another harvest is at it."""
-    if _is_finished(job):
+class Crew(ABC):
+    """Who makes units: this process, or the workers of a cluster."""
+
+    @abstractmethod
+    def scale(self, store: Store) -> Scale:
+        """The scale of every source, from a calibration on some of the plan's batches."""
+
+    @abstractmethod
+    def make(self, store: Store, units: Sequence[Unit], tick: Tick) -> Iterator[Receipt]:
+        """Make and put these units. `tick` is called with rows made."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Every n-th unit, for job arrays without a scheduler: part i of n, from 1."""
+
+    number: int
+    of: int
+
+    @property
+    def slot(self) -> str:
+        return f"{self.number}-of-{self.of}"
+
+    def units(self, store: Store) -> set[Unit]:
+        return set(store.units[self.number - 1 :: self.of])
+
+
+def run(job: Job, crew: Crew, log: Log, part: Part | None = None) -> Store:
+    """Make every unit that is missing (of a part: its own), and seal the store where none is missing any more.
+
+    Raises LockError where another harvest is at it.
+    """
+    if is_finished(job):
         log.event("done", f"{job.path} is already finished: nothing to do")
         return Store.open(job.path)
-    with _alone(job.path, log):
-        return finish(open_store(job, log), Bench(job.checkpoints, job.config.device, job.config.threads), log)
+    with lock.hold(job.path, _told(log), part.slot if part else lock.WHOLE):
+        with _beginning(job.path, log, part):
+            store = _begun(open_store(job, log), crew, log)
+            if part and store.condemned[0]:
+                raise StoreDamagedError("parts cannot mend a store", job.path, f"First: harvest repair {job.path}")
+        return finish(store, crew, log, part)
+
+
+def repair(store: Store, units: Sequence[Unit], crew: Crew, log: Log) -> Store:
+    """Make these units again, and those that a check has condemned. The store is unfinished meanwhile."""
+    with lock.hold(store.path, _told(log)):
+        files.sweep(store.path)
+        store.reopen(units)
+        return finish(_begun(store, crew, log), crew, log)
+
+
+def finish(store: Store, crew: Crew, log: Log, part: Part | None = None) -> Store:
+    """Make the units that are missing. What a check has condemned is made again."""
+    if units := store.condemned[1]:
+        store.reopen(units)
+    todo = [unit for unit in store.missing() if part is None or unit in part.units(store)]
+    total = sum(len(store.rows_of(shard)) for shard, _ in todo)
+    with bar("harvest", "rows", total, quiet=log.quiet) as progress:
+        for receipt in crew.make(store, todo, progress.update):
+            _report(receipt, log)
+    with _beginning(store.path, log, part):
+        if not store.missing() and not store.sealed:
+            store.seal()
+    if store.sealed:
+        log.event("done", f"finished {store.path}")
+    return store
 
 
 @contextmanager
-def _alone(path: Path, log: Log) -> Iterator[None]:
-    """Nobody else is at the store, and what killed writers left there is swept."""
-    with lock.hold(path, lambda text: log.event("lock", text)):
+def _beginning(path: Path, log: Log, part: Part | None) -> Iterator[None]:
+    """Alone at the plan, the scale and the seal: parts do these one after another, and the first one for all."""
+    if part is None:
         files.sweep(path)
+        yield
+        return
+    with lock.wait(path, _told(log)):
+        if len(lock.holders(path)) == 2:  # this part, twice: nobody else is writing
+            files.sweep(path)
         yield
 
 
-def _is_finished(job: Job) -> bool:
+def _told(log: Log) -> Callable[[str], None]:
+    return lambda text: log.event("lock", text)
+
+
+def _begun(store: Store, crew: Crew, log: Log) -> Store:
+    """The store with its scale. The log goes on beside it, as NAME.zarr.log."""
+    log.attach(store.path.with_name(f"{store.path.name}.log"))
+    log.event("start", host=platform.node(), process=os.getpid(), arguments=sys.argv[1:])
+    if store.header.scale is not None:
+        return store
+    scale = crew.scale(store)
+    factors = ", ".join(f"{name} {values['factor']:g}" for name, values in scale.items())
+    log.event("scale", f"scale factors: {factors}", scale=scale)
+    return store.freeze(scale)
+
+
+def is_finished(job: Job) -> bool:
     return (job.path / GROUP).exists() and _stored(job).sealed
 
 
@@ -74,140 +150,37 @@ def open_store(job: Job, log: Log) -> Store:
     return Store.create(job.path, job.header(made), made.tables)
 
 
-def repair(store: Store, units: Sequence[Unit], bench: Bench, log: Log) -> Store:
-    """Make these units again, and those that a check has condemned. The store is unfinished meanwhile."""
-    with _alone(store.path, log):
-        store.reopen(units)
-        return finish(store, bench, log)
-
-
-def finish(store: Store, bench: Bench, log: Log) -> Store:
-    """Fix the scale, make the units that are missing, seal. What a check has condemned is made again.
-
-    The log goes on beside the store, as NAME.zarr.log.
-    """
-    log.attach(store.path.with_name(f"{store.path.name}.log"))
-    log.event("start", host=platform.node(), process=os.getpid(), arguments=sys.argv[1:])
-    if units := store.condemned[1]:
-        store.reopen(units)
-    with torch_threads(bench.threads), Worker(store, bench, log) as worker:
-        if store.header.scale is None:
-            store = worker.fix_scale()
-        for name in sorted(store.header.models, key=lambda name: name != worker.holds):  # the one in memory first
-            shards = [shard for shard, model in store.missing() if model == name]
-            if shards:
-                _put_all(worker, name, shards, log)
-    store.seal()
-    log.event("done", f"finished {store.path}")
-    return store
-
-
-def _put_all(worker: "Worker", name: str, shards: Sequence[int], log: Log) -> None:
-    """Forward passes in this thread; a second one puts the last shard on disk meanwhile."""
-    store = worker.store
-    waiting: Future[dict[str, Any]] | None = None
-    with (
-        ThreadPoolExecutor(1, "put") as writer,
-        bar(name, "rows", sum(len(store.rows_of(shard)) for shard in shards), quiet=log.quiet) as progress,
-    ):
-        for shard in shards:
-            parts = worker.make((shard, name), progress.update)
-            if waiting is not None:
-                _report(waiting.result(), log)
-            waiting = writer.submit(store.put, shard, name, parts, worker.made_with)
-        if waiting is not None:
-            _report(waiting.result(), log)
-
-
-def _report(receipt: Mapping[str, Any], log: Log) -> None:
+def _report(receipt: Receipt, log: Log) -> None:
     unit = {key: receipt[key] for key in ("shard", "model", "faults", "threads", "device")}
     bad = {source: counts for source, counts in receipt["faults"].items() if counts["clipped"] or counts["masked"]}
     log.event("unit", f"shard {receipt['shard']}: clipped or masked rows: {bad}" if bad else "", **unit)
 
 
-class Worker:
-    """One process that makes units of a store, with one model in memory at a time."""
+class OneProcess(Crew):
+    """Units are made in this process; a second thread puts the last one on disk meanwhile."""
 
-    def __init__(self, store: Store, bench: Bench, log: Log) -> None:
-        self.store, self._bench, self._log = store, bench, log
-        self._device = str(device_of(bench.device))
-        self.holds: str | None = None
-        self._model: nn.Module | None = None
-        self._maker: UnitMaker | None = None
-        self._hooks = ExitStack()
+    def __init__(self, bench: Bench, log: Log) -> None:
+        self._bench, self._log = bench, log
+        self._worker: Worker | None = None
 
-    def __enter__(self) -> "Worker":
-        return self
+    def scale(self, store: Store) -> Scale:
+        with torch_threads(self._bench.threads):
+            return self._at(store).scale()
 
-    def __exit__(self, *exc: object) -> None:
-        self._hooks.close()
+    def make(self, store: Store, units: Sequence[Unit], tick: Tick) -> Iterator[Receipt]:
+        waiting: Future[dict[str, Any]] | None = None
+        with torch_threads(self._bench.threads), self._at(store) as worker, ThreadPoolExecutor(1, "put") as writer:
+            for shard, model in sorted(units, key=lambda unit: unit[1] != worker.holds):  # what is in memory first
+                parts = worker.make((shard, model), tick)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = writer.submit(store.put, shard, model, parts, worker.made_with)
+            if waiting is not None:
+                yield waiting.result()
 
-    @property
-    def made_with(self) -> dict[str, Any]:
-        """What decides the bytes of a unit beside the plan, for its receipt."""
-        versions = {"torch": str(torch.__version__), "transformers": models.version(), "numpy": str(np.__version__)}
-        return {"device": torch.device(self._device).type, "threads": torch.get_num_threads(), "versions": versions}
-
-    def make(self, unit: Unit, tick: Any) -> dict[str, Part]:
-        """The parts of one unit. `tick` is called with rows made."""
-        return self.maker(unit[1]).make(unit[0], tick)
-
-    def maker(self, name: str) -> UnitMaker:
-        if self._maker is None or self._maker.name != name:
-            self._hooks.close()
-            model = self._load(name)
-            captured = self._hooks.enter_context(self._capturing(model))
-            tokenizer = models.load_tokenizer(self._bench.checkpoints[name])
-            self._maker = UnitMaker(self.store, name, captured, tokenizer, self._device)
-        return self._maker
-
-    def fix_scale(self) -> Store:
-        """Calibrate every source on some of the plan's batches, and write the scale into the store."""
-        scale: Scale = {}
-        for name in self.store.header.models:
-            scale |= self._calibrate(name)
-        factors = ", ".join(f"{name} {values['factor']:g}" for name, values in scale.items())
-        self._log.event("scale", f"scale factors: {factors}", scale=scale)
-        self.store = self.store.freeze(scale)
-        return self.store
-
-    def _calibrate(self, name: str) -> Scale:
-        """Check the hooks against the model's own hidden states, and choose the scale of each of its sources."""
-        batches = list(Batches(self.store, name).spread(self.store.header.spec["batch"]["calibration"]))
-        sites = {source.site: source.name for source in self.store.sources_of(name)}
-        model, device, first = self._load(name), self._device, batches[-1]  # the shortest segments
-        hooks.self_check(model, list(sites), first.ids_BT[:2].to(device), first.mask_BT[:2].to(device))
-        norms: dict[str, list[Tensor]] = {source: [] for source in sites.values()}
-        largest = dict.fromkeys(sites.values(), 0.0)
-        with (
-            self._capturing(model) as captured,
-            bar(f"{name}: scale", "batches", len(batches), quiet=self._log.quiet) as progress,
-        ):
-            for batch in batches:
-                for source, x_ND in rows(captured, batch, sites, device).items():
-                    one = cast(x_ND, 1.0, math.inf)
-                    norms[source].append(one.norms_N.cpu())
-                    largest[source] = max(largest[source], float(one.x_ND.abs().max()))
-                progress.update()
-            once, again = (rows(captured, one, sites, device) for one in (first, reshaped(first)))
-        rounding = {
-            name: float(difference(once[name][: len(x_ND)].float(), x_ND.float()).nan_to_num(0.0).max())
-            for name, x_ND in again.items()
-        }
-        return {source: calibrated(norms[source], largest[source], rounding[source]) for source in norms}
-
-    def _load(self, name: str) -> nn.Module:
-        if self._model is None or self.holds != name:
-            self._model = self._maker = None  # let the last one go before the next is read
-            model = self.store.header.models[name]
-            self._log.event("load", f"loading {name} ({model.dtype}, {model.attention} attention, {self._device})")
-            self._model = models.load(self._bench.checkpoints[name], model.dtype, model.attention, self._device)
-            self.holds = name
-        return self._model
-
-    @contextmanager
-    def _capturing(self, model: nn.Module) -> Iterator[hooks.Run]:
-        assert self.holds is not None
-        sites = [hooks.find(model, source.site) for source in self.store.sources_of(self.holds)]
-        with torch.inference_mode(), hooks.capture(model, sites) as captured:
-            yield captured
+    def _at(self, store: Store) -> Worker:
+        """The worker, with the model that the calibration has left in memory."""
+        if self._worker is None:
+            self._worker = Worker(store, self._bench, self._log)
+        self._worker.store = store
+        return self._worker

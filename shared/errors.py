@@ -18,6 +18,10 @@ class GranaryError(Exception):
         self.what, self.value, self.way_out = what, value, way_out
         super().__init__(f"{what}: {value}. {way_out}")
 
+    def __reduce__(self) -> tuple[type["GranaryError"], tuple[str, str, str]]:
+        """Errors travel from workers, too, with what their values look like."""
+        return type(self), (self.what, str(self.value), self.way_out)
+
 
 class ConfigError(GranaryError):
     """A key that does not exist, a value of the wrong kind, or values that contradict each other."""
@@ -77,6 +81,10 @@ class StoreDamagedError(StoreError):
 
 class LockError(GranaryError):
     """A store that another harvest is working on."""
+
+
+class ClusterError(GranaryError):
+    """A scheduler that does not answer, or workers that do not survive their work."""
 
 
 class WiringError(GranaryError):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from shared.errors import StoreDamagedError, StoreError, StoreMismatchError, Sto
 from shared.layout import DAMAGED, GROUP, SEALED, Unit, crc32c, padded, raw
 from shared.moments import CLASSES, Moments
 from shared.source import Model, Source
+
+if TYPE_CHECKING:
+    import dask.array
 
 FORMAT = 1
 
@@ -285,6 +288,26 @@ class Store:
                 pieces.append(self.map(f"activations/{name}", shard)[max(start - first, 0) : stop - first])
             found[name] = torch.from_numpy(np.concatenate(pieces)).float() * self.factor(name)
         return found
+
+    def dask(self, source: str, block_rows: int = 65_536) -> "dask.array.Array":
+        """The rows of a source in the model's own units, lazily: float32 [N, width], no block across two shards.
+
+        A block is read where it is computed: on a cluster, by the worker, which must see the store under its path.
+        """
+        import dask.array
+
+        width, blocks = self.source(source).width, []
+        for shard in range(self.shards):
+            count = len(self.rows_of(shard))
+            for start in range(0, count, block_rows):
+                piece = dask.delayed(self._piece)(source, shard, start, min(start + block_rows, count))
+                shape = (min(block_rows, count - start), width)
+                blocks.append(dask.array.from_delayed(piece, shape, np.float32))
+        return dask.array.concatenate(blocks)
+
+    def _piece(self, source: str, shard: int, start: int, stop: int) -> np.ndarray:
+        stored_ND = self.map(f"activations/{source}", shard)[start:stop]
+        return stored_ND.astype(np.float32) * np.float32(self.factor(source))
 
     def moments(self, source: str, classes: Iterable[str]) -> Moments:
         """The moments of all rows of these classes, in the model's own units, merged in shard order."""

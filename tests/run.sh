@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: format, lint, types, and the fast tests, in an environment of their own.
-# Arguments go to pytest: tests/run.sh tests/train -k order
+# Arguments go to pytest: tests/run.sh tests/train -k order, or tests/run.sh -m slow
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

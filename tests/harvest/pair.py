@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from harvest import work
+from harvest.bench import Bench
 from harvest.config import HarvestConfig
 from harvest.job import prepare
 from shared.log import Log
@@ -39,9 +40,10 @@ def one(home: Path, path: Path, sites: list[str], **tables: Any) -> HarvestConfi
     return config(home, path, models={"llama": model}, **tables)
 
 
-def harvest(settings: HarvestConfig) -> Store:
-    log = Log(quiet=True)
-    return work.run(prepare(settings, log), log)
+def harvest(settings: HarvestConfig, part: work.Part | None = None, log: Log | None = None) -> Store:
+    log = log or Log(quiet=True)
+    job = prepare(settings, log)
+    return work.run(job, work.OneProcess(Bench(job.checkpoints, settings.device, settings.threads), log), log, part)
 
 
 def tree(path: Path) -> Tree:

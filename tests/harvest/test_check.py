@@ -66,7 +66,7 @@ def test_a_zeroed_file_that_was_made_to_fit_is_found_by_running_the_model(copy: 
     assert fault.unit == (2, "llama")
     assert fault.what.startswith("is not what the model computes in ")
     assert "such as row 160 (largest relative difference 1)" in fault.what
-    work.repair(copy, check.to_mend(copy, [fault]), bench_of(copy), LOG)
+    work.repair(copy, check.to_mend(copy, [fault]), work.OneProcess(bench_of(copy), LOG), LOG)
     assert tree(copy.path) == tree(pair.path)
 
 
@@ -163,7 +163,7 @@ def test_repair_makes_the_store_what_it_was_and_nobody_trains_on_it_before(
     monkeypatch.setattr(
         Store, "put", lambda self, shard, *rest: (made.append((shard, rest[0])), genuine(self, shard, *rest))[1]
     )
-    mended = work.repair(copy, units, bench_of(copy), LOG)
+    mended = work.repair(copy, units, work.OneProcess(bench_of(copy), LOG), LOG)
     assert sorted(made) == units
     assert {name.split("/c/")[0] for name in changed if "/c/" in name} <= {
         f"{kind}/{source.name}"

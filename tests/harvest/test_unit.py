@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harvest import unit, work
+from harvest import unit, worker
 from harvest.forward import Batch
-from harvest.job import prepare
 from shared import models
 from shared.errors import ActivationError
 from shared.log import Log
@@ -35,7 +34,7 @@ def inject(monkeypatch: pytest.MonkeyPatch, source: str, row: int, value: float,
         return found
 
     monkeypatch.setattr(unit, "rows", rows)  # of the units
-    monkeypatch.setattr(work, "rows", rows)  # of the calibration
+    monkeypatch.setattr(worker, "rows", rows)  # of the calibration
 
 
 def always() -> bool:
@@ -123,7 +122,7 @@ def test_what_passes_the_headroom_is_clipped_flagged_and_counted(
     inject(monkeypatch, "early", 123, -7e5, after_calibration)
     said = tmp_path / "log.jsonl"
     with Log(said, quiet=True) as log:
-        store = work.run(prepare(config(home, tmp_path / "x.zarr"), log), log)
+        store = harvest(config(home, tmp_path / "x.zarr"), log=log)
     assert store.factor("early") == 1.0
     assert store.fault_counts("early") == {"clipped": 1, "masked": 0, "sink": 1}
     assert store.column("faults/early")[123] == CLIPPED | SINK

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harvest import plan, work
+from harvest import plan
 from harvest.job import prepare
+from harvest.worker import Worker
 from shared import files, models
 from shared.errors import SpaceError, StoreError, StoreMismatchError
 from shared.log import Log
@@ -232,14 +233,14 @@ def test_a_run_that_died_in_a_unit_goes_on_to_the_same_bytes(
     assert all(before[name] == tree(pair.path)[name] for name in kept)
 
 
-@pytest.mark.parametrize("step", ["freeze", "seal", "fix_scale"])
+@pytest.mark.parametrize("step", ["freeze", "seal", "scale"])
 def test_a_run_that_died_between_its_steps_goes_on_to_the_same_bytes(
     home: Path, pair: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def die(*_: Any, **__: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr(work.Worker if step == "fix_scale" else Store, step, die)
+    monkeypatch.setattr(Worker if step == "scale" else Store, step, die)
     with pytest.raises(Killed):
         harvest(config(home, tmp_path / "x.zarr"))
     monkeypatch.undo()

@@ -807,3 +807,19 @@ def test_a_store_of_another_format_is_refused_with_both_numbers(finished: Path) 
     files.write_json(finished / "zarr.json", group)
     with pytest.raises(StoreError, match=r"another format of store: 2\. This version reads format 1"):
         Store.open(finished)
+
+
+# --- dask -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_rows", [1, 4, 1000])
+def test_a_dask_array_is_what_read_gives_in_blocks_within_shards(original: Path, block_rows: int) -> None:
+    store = Store.open(original)
+    whole = store.read(0, store.rows)
+    for name in TWO:
+        array = store.dask(name, block_rows)
+        assert (array.shape, array.dtype) == ((11, store.source(name).width), np.float32)
+        assert max(array.chunks[0]) <= block_rows
+        assert {6, 11} <= set(np.cumsum(array.chunks[0]).tolist())  # shards of 6
+        assert array.compute(scheduler="synchronous").tobytes() == whole[name].numpy().tobytes()
+        assert np.allclose(array.mean(0).compute(scheduler="synchronous"), whole[name].numpy().mean(0), equal_nan=True)
