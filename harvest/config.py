@@ -14,7 +14,9 @@ class ModelConfig(Config):
     """One model and where it is read."""
 
     path: str  # a folder, a GGUF file, package:NAME (a GGUF file in an installed package), or a hub id
-    sites: list[str] | dict[str, str]  # site names; as a table {source name: site}, sources get names of your own
+    sites: (
+        list[str] | dict[str, str]
+    )  # names or patterns (resid.{4,8}, layers.*.mlp:out); a table {source name: site} names sources
     revision: str | None = None  # of a hub id
     dtype: str = "auto"  # while it runs: auto (the weights' own, float32 for float16), float32, bfloat16, float16
     attention: str | None = None  # attention implementation of transformers; none: its own choice

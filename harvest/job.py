@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from harvest import corpus, plan
 from harvest.config import HarvestConfig
 from harvest.segments import Speller
+from shared import config as configs
 from shared import hooks, models
 from shared.device import device_of
 from shared.errors import ModelError
@@ -58,16 +61,19 @@ def prepare(config: HarvestConfig, log: Log) -> Job:
 
     device_of(config.device)  # refused before anything is written
     checkpoints = {name: models.resolve(m.path, m.revision, say) for name, m in config.models.items()}
+    skeletons = {name: models.skeleton(checkpoint) for name, checkpoint in checkpoints.items()}
+    config = _expanded(config, skeletons)
     found_models: dict[str, Model] = {}
     sources: dict[str, Source] = {}
     tokenizers = {name: models.load_tokenizer(checkpoint) for name, checkpoint in checkpoints.items()}
     for name, checkpoint in checkpoints.items():
         asked = config.models[name]
         _check_context(checkpoint, config.rows.context)
-        skeleton = models.skeleton(checkpoint)
+        skeleton = skeletons[name]
         sites = asked.source_names(name)
         width = hooks.widths(skeleton, list(sites.values()))
-        sources |= {source: Source(source, name, site, width[site]) for source, site in sites.items()}
+        found = [Source(source, name, site, width[site], hooks.heads(skeleton, site)) for source, site in sites.items()]
+        sources |= {source.name: source for source in found}
         found_models[name] = Model(
             name, asked.path, checkpoint.weights_fingerprint(), models.tokenizer_fingerprint(tokenizers[name]),
             checkpoint.dtype() if asked.dtype == "auto" else asked.dtype, models.attention(checkpoint, asked.attention),
@@ -79,6 +85,16 @@ def prepare(config: HarvestConfig, log: Log) -> Job:
     documents, text = corpus.load(config.corpus)
     spec = _spec(config, found_models, sources, text, align)
     return Job(config, checkpoints, spellers, found_models, sources, documents, spec, align)
+
+
+def _expanded(config: HarvestConfig, skeletons: Mapping[str, nn.Module]) -> HarvestConfig:
+    """The config with every pattern of sites replaced by the sites that it names."""
+    data = config.model_dump()
+    for name, model in config.models.items():
+        if isinstance(model.sites, list):
+            sites = [site for pattern in model.sites for site in hooks.expand(skeletons[name], pattern)]
+            data["models"][name]["sites"] = list(dict.fromkeys(sites))
+    return configs.parse(HarvestConfig, data)
 
 
 def _spec(

@@ -18,9 +18,10 @@ from shared.errors import ActivationError, SiteError
 Side = Literal["in", "out"]
 Run = Callable[..., dict[str, Tensor]]
 
-KINDS = ("resid", "resid_in", "mlp_in", "mlp_out", "attn_out")
+KINDS = ("resid", "resid_in", "mlp_in", "mlp_out", "attn_out", "heads")
 ATTENTION = ("self_attn", "attn", "attention")
 MLP = ("mlp",)
+PROJECTION = ("o_proj", "c_proj", "out_proj", "dense")  # of what the heads give, concatenated
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,55 @@ def find(model: nn.Module, name: str) -> Site:
                 return named[name]
     path, _, side = name.partition(":")
     modules = dict(model.named_modules())
+    path = _local(model, path)
     if path in modules and path and side in ("", "in", "out"):
         return Site(name, path, "in" if side == "in" else "out")
     candidates = [*_named(model), *(f"{module}:out" for module in modules if module)]
     error = unknown("the model has no site", name, candidates)
     raise SiteError("the model has no site", name, error.way_out)
+
+
+def _local(model: nn.Module, path: str) -> str:
+    """A module path as the model with its language-model head has it, seen from the model without: model.layers.3."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return path.removeprefix(prefix) if path.startswith(prefix) and path not in dict(model.named_modules()) else path
+
+
+def expand(model: nn.Module, pattern: str) -> list[str]:
+    """The sites that a pattern names, in the model's order: `resid.{4,8}`, `resid.*`, `layers.*.mlp:out`.
+
+    `*` stands for anything without a dot. Raises SiteError where nothing matches.
+    """
+    found = []
+    for one in _braces(pattern):
+        if "*" not in one:
+            found.append(one)
+            continue
+        path, _, side = one.partition(":")
+        names = [*_named(model), *(name for name, _ in model.named_modules() if name)]
+        matches = re.compile(re.escape(_local(model, path)).replace(r"\*", r"[^.]*"))
+        hits = [name + (f":{side}" if side else "") for name in names if matches.fullmatch(name)]
+        if not hits:
+            raise SiteError("the model has no site like this", one, "See harvest sites MODEL")
+        found += hits
+    return list(dict.fromkeys(found))
+
+
+def _braces(pattern: str) -> list[str]:
+    """`a.{1,2}` -> a.1, a.2."""
+    if not (match := re.search(r"\{([^{}]*)\}", pattern)):
+        return [pattern]
+    return [
+        one for item in match[1].split(",") for one in _braces(pattern[: match.start()] + item + pattern[match.end() :])
+    ]
+
+
+def heads(model: nn.Module, site: str) -> int | None:
+    """How many heads of one size stand side by side in the rows of a site heads.N; None for other sites."""
+    if not re.fullmatch(r"heads\.\d+", site):
+        return None
+    config: Any = model.config
+    return int(getattr(config, "get_text_config", lambda: config)().num_attention_heads)
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -97,10 +142,14 @@ def _inside(block: nn.Module, path: str) -> dict[str, tuple[str, Side]]:
     found: dict[str, tuple[str, Side]] = {}
     attention = next((name for name in ATTENTION if name in children), None)
     mlp = next((name for name in MLP if name in children), None)
-    if attention and "output" in dict(children[attention].named_children()):
+    inside = dict(children[attention].named_children()) if attention else {}
+    if "output" in inside:
         found["attn_out"] = (f"{path}.{attention}.output.dense", "out")
+        found["heads"] = (f"{path}.{attention}.output.dense", "in")
     elif attention:
         found["attn_out"] = (f"{path}.{attention}", "out")
+        if projection := next((name for name in PROJECTION if name in inside), None):
+            found["heads"] = (f"{path}.{attention}.{projection}", "in")
     if mlp:
         found |= {"mlp_in": (f"{path}.{mlp}", "in"), "mlp_out": (f"{path}.{mlp}", "out")}
     elif "intermediate" in children and "output" in children:

@@ -43,10 +43,11 @@ def unit_arrays(source: Source, plan: Mapping[str, int], factor: float) -> dict[
     """{name: array} of all that the units of one source fill."""
     n, s, c, fields = plan["rows"], plan["shard_rows"], plan["chunk_rows"], packed_fields(source.width)
     k = fields["norm_histogram"][1]
+    shape = {"heads": source.heads, "head_dim": source.width // source.heads} if source.heads else {}
     return {
         f"activations/{source.name}": Array(
             (n, source.width), "<f2", (c, source.width), ("row", f"width_{source.name}"),
-            (s, source.width), np.nan, {"scale_factor": factor},
+            (s, source.width), np.nan, {"scale_factor": factor, **shape},
         ),
         f"norms/{source.name}": Array((n,), "<f4", (s,), ("row",), fill=np.nan),
         f"faults/{source.name}": Array((n,), "|u1", (s,), ("row",)),

@@ -22,9 +22,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Source:
-    """One model at one site. `width` is the number of components of its rows."""
+    """One model at one site. `width` is the number of components of its rows.
+
+    `heads` is set for a site heads.N: its rows are that many heads of width / heads components, one after another.
+    """
 
     name: str
     model: str
     site: str
     width: int
+    heads: int | None = None

@@ -44,6 +44,7 @@ SITES = {
     "mlp_in": "input of the MLP of block N, behind the norm before it",
     "mlp_out": "output of the MLP of block N, before any norm behind it and before the sum",
     "attn_out": "output of the attention of block N, before any norm behind it and before the sum",
+    "heads": "input of the output projection of the attention of block N: what each head gives, head after head",
 }
 
 HEAD = """\
@@ -291,6 +292,7 @@ def _sites() -> Iterator[str]:
     rows += [["`PATH:in`", "the first input of any module, by its dotted path"]]
     rows += [["`PATH:out` or `PATH`", "the output of any module, by its dotted path"]]
     yield from _table(["site", ""], rows)
+    yield "\nIn a list, `*` is anything without a dot and `{4,8}` either: `resid.{4,8}`, `layers.*.mlp:out`."
 
 
 def _figures() -> Iterator[str]:

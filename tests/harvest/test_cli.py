@@ -125,13 +125,17 @@ def test_the_plan_is_what_the_run_stores(harvest: Harvest, home: Path, pair: Sto
 
 def test_sites_are_listed_with_their_widths(harvest: Harvest, home: Path) -> None:
     found = harvest("sites", home / "gemma", "--json").json
-    assert len(found) == 15
+    assert len(found) == 18
     assert found["resid.2"] == found["mlp_out.0"] == 24
+    assert found["heads.1"] == 32
     lines = harvest("sites", home / "gemma").out.splitlines()
     assert [line.split() for line in lines] == [
-        [f"{kind}.0", "...", f"{kind}.2", "width", "24"]
-        for kind in ("resid", "resid_in", "attn_out", "mlp_in", "mlp_out")
-    ]
+        [f"{kind}.0", "...", f"{kind}.2", "width", *shape]
+        for kind, shape in [
+            ("resid", ["24"]), ("resid_in", ["24"]), ("attn_out", ["24"]), ("heads", ["32:", "4", "heads", "of", "8"]),
+            ("mlp_in", ["24"]), ("mlp_out", ["24"]),
+        ]
+    ]  # fmt: skip
 
 
 def test_flags_and_settings_reach_the_run(harvest: Harvest, home: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is known, and refused, before a harvest is planned."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,18 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(home: 
 def test_threads_and_device_are_no_part_of_the_id(home: Path, pair: Store) -> None:
     for changed in (config(home, pair.path, threads=2), config(home, pair.path, device="auto")):
         assert harvest(changed).header.id == pair.header.id
+
+
+def test_a_pattern_of_sites_is_a_source_for_each_and_heads_keep_their_shape(home: Path, tmp_path: Path) -> None:
+    store = harvest(one(home, tmp_path / "x.zarr", ["resid.{0,2}", "heads.*", "resid.0"], rows={"count": 40}))
+    assert {name: source.site for name, source in store.header.sources.items()} == {
+        "llama_resid_0": "resid.0", "llama_resid_2": "resid.2",
+        "llama_heads_0": "heads.0", "llama_heads_1": "heads.1", "llama_heads_2": "heads.2",
+    }  # fmt: skip
+    assert store.source("llama_heads_1").heads == 4 and store.source("llama_resid_0").heads is None
+    attributes = json.loads((store.path / "activations/llama_heads_1/zarr.json").read_text())["attributes"]
+    assert (attributes["heads"], attributes["head_dim"]) == (4, 8)
+    again = harvest(
+        one(home, tmp_path / "x.zarr", ["resid.0", "resid.2", "heads.0", "heads.1", "heads.2"], rows={"count": 40})
+    )
+    assert again.header.id == store.header.id

@@ -3,6 +3,8 @@
 Letters: B segments of a batch, T positions, D width.
 """
 
+import copy
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -329,7 +331,7 @@ def test_an_attention_that_takes_its_input_by_name_is_read_on_the_way_in(loaded:
         ("", "Known: resid.0"),
         (":in", "Known: resid.0|Did you mean"),
         ("resid.-1", "Did you mean .*resid.1"),
-        ("model.layers.1", "Did you mean .*layers.1"),
+        ("modell.layers.1", "Did you mean .*layers.1"),
     ],
 )
 def test_a_wrong_site_is_refused_with_the_nearest_ones(loaded: Models, name: str, told: str) -> None:
@@ -354,7 +356,7 @@ def test_widths_on_the_meta_device_equal_those_of_the_real_model(
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
     found = hooks.list_sites(skeleton)
     assert list(found) == [
-        f"{kind}.{n}" for n in range(LAYERS) for kind in ("resid", "resid_in", "attn_out", "mlp_in", "mlp_out")
+        f"{kind}.{n}" for n in range(LAYERS) for kind in ("resid", "resid_in", "attn_out", "heads", "mlp_in", "mlp_out")
     ]
     real = {name: value.shape[-1] for name, value in catch(loaded[family], list(found), segment(5)).items()}
     assert found == real == dict.fromkeys(found, WIDTH)
@@ -442,3 +444,70 @@ def test_the_blocks_are_those_of_the_text_and_two_candidates_are_refused() -> No
     for block in nested.model.layers:
         block.experts = nn.ModuleList([nn.Identity(), nn.Identity()])
     assert hooks.blocks(nested)[0] == "model.layers"
+
+
+# --- heads and patterns ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(LAYERS))
+def test_the_output_projection_turns_the_heads_into_what_the_attention_gives(model: nn.Module, number: int) -> None:
+    caught = catch(model, [f"heads.{number}", f"attn_out.{number}"], segment(9))
+    site = hooks.find(model, f"heads.{number}")
+    with torch.inference_mode():
+        projected = model.get_submodule(site.module)(caught[f"heads.{number}"])
+    torch.testing.assert_close(projected, caught[f"attn_out.{number}"], **CLOSE)
+
+
+def test_heads_have_the_models_own_number_and_size(loaded: Models) -> None:
+    widths = {name: hooks.widths(one, ["heads.0"])["heads.0"] for name, one in loaded.items()}
+    assert widths == {**dict.fromkeys(FAMILIES, WIDTH), "gemma3": 32, "qwen3": 32}
+    for name, one in loaded.items():
+        assert hooks.heads(one, "heads.1") == 4, name
+        assert hooks.heads(one, "resid.1") is None
+    wide = save_and_load_gemma(24)
+    assert (hooks.widths(wide, ["heads.0", "attn_out.0"]), hooks.heads(wide, "heads.0")) == (
+        {"heads.0": 32, "attn_out.0": 24}, 4,
+    )  # fmt: skip
+
+
+def save_and_load_gemma(width: int) -> nn.Module:
+    """4 heads of 8 in a model of another width, as Gemma and Qwen3 have them."""
+    with tempfile.TemporaryDirectory() as folder:
+        return models.load(
+            models.resolve(str(save_model(Path(folder), "gemma3", byte_level(), width=width))), "float32", None, "cpu"
+        )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("head", range(4))
+def test_another_query_of_one_head_changes_the_rows_of_that_head_alone(loaded: Models, name: str, head: int) -> None:
+    """With grouped keys and values, too."""
+    changed = copy.deepcopy(loaded[name])
+    with torch.no_grad():
+        changed.get_submodule("layers.0.self_attn.q_proj").weight[head * 8 : (head + 1) * 8].mul_(-1.5)
+    before, after = (catch(one, ["heads.0"], segment(9))["heads.0"] for one in (loaded[name], changed))
+    differs = (before != after).any(0).any(0).view(4, 8).any(1)
+    assert differs.tolist() == [number == head for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sites"),
+    [
+        ("resid.1", ["resid.1"]),
+        ("resid.{2,0}", ["resid.2", "resid.0"]),
+        ("resid.*", ["resid.0", "resid.1", "resid.2"]),
+        ("{attn,mlp}_out.{0,1}", ["attn_out.0", "attn_out.1", "mlp_out.0", "mlp_out.1"]),
+        ("layers.*.mlp:out", ["layers.0.mlp:out", "layers.1.mlp:out", "layers.2.mlp:out"]),
+        ("model.layers.*.mlp", ["layers.0.mlp", "layers.1.mlp", "layers.2.mlp"]),
+        ("layers.{0,2}.self_attn.*_proj:in", [f"layers.{n}.self_attn.{p}_proj:in" for n in (0, 2) for p in "qkvo"]),
+    ],
+)
+def test_a_pattern_names_sites_in_the_models_order(llama: nn.Module, pattern: str, sites: list[str]) -> None:
+    assert hooks.expand(llama, pattern) == sites
+    assert all(hooks.find(llama, site) for site in sites)
+
+
+def test_a_pattern_that_matches_nothing_is_refused_and_a_path_with_the_models_prefix_is_found(llama: nn.Module) -> None:
+    with pytest.raises(SiteError, match=r"the model has no site like this: resd\.\*\. See harvest sites MODEL"):
+        hooks.expand(llama, "resd.*")
+    assert hooks.find(llama, "model.layers.1.mlp:in").module == "layers.1.mlp"
