@@ -3,6 +3,7 @@
 Letters: M models, T tokens of a document in one model, J places.
 """
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import reduce
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from harvest.segments import Tokens
 from shared.errors import AlignmentError
+
+WINDOW = 64  # tokens of one model in a window of greedy at most; the time that a dead end takes grows with its square
 
 Align = Callable[[Sequence[Tokens]], np.ndarray]
 
@@ -41,4 +44,60 @@ def _last_with(ends_T: np.ndarray, wanted_J: np.ndarray) -> np.ndarray:
     return known[np.searchsorted(ends_T[known], wanted_J, "right") - 1]
 
 
-RULES: dict[str, Align] = {"identical": identical, "offsets": offsets}
+def greedy(tokens: Sequence[Tokens]) -> np.ndarray:
+    """Algorithm 1 of the DFC paper (https://arxiv.org/abs/2602.11729), for any number of models: stops_MJ.
+
+    Tokens without content (special ones, white space) are skipped. Where the next tokens read alike, they are a place;
+    where not, the shorter text grows until the windows read alike, and their last tokens are a place. What follows
+    windows that never do is left out. Texts are compared in NFKC, without case and white space. Other than the listing:
+    whole characters alone compare equal, any window that can still grow does, and none beyond WINDOW tokens.
+    """
+    at = [0] * len(tokens)
+    places: list[list[int]] = []
+    while (ends := _window(tokens, [_content(one, start) for one, start in zip(tokens, at, strict=True)])) is not None:
+        places.append(ends)
+        at = ends
+    return np.array(places, np.int64).reshape(-1, len(tokens)).T
+
+
+def _content(tokens: Tokens, start: int) -> int:
+    """The next token that holds more than white space."""
+    while start < len(tokens.pieces) and not tokens.pieces[start].strip():
+        start += 1
+    return start
+
+
+def _window(tokens: Sequence[Tokens], starts: Sequence[int]) -> list[int] | None:
+    """Where windows that begin at `starts` end alike; none where they do not."""
+    if any(start >= len(one.pieces) for one, start in zip(tokens, starts, strict=True)):
+        return None
+    ends = [start + 1 for start in starts]
+    while True:
+        windows = [b"".join(one.pieces[a:b]) for one, a, b in zip(tokens, starts, ends, strict=True)]
+        texts = [_read(window) for window in windows]
+        if texts[0] is not None and all(text == texts[0] for text in texts):
+            return ends
+        lengths = [len(window.decode(errors="ignore").strip()) for window in windows]
+        growing = [m for m, one in enumerate(tokens) if ends[m] < len(one.pieces) and ends[m] - starts[m] < WINDOW]
+        if not growing:
+            return None
+        shortest = min(growing, key=lambda m: (lengths[m], -m))  # of two alike the second, as in the paper
+        ends[shortest] += 1
+
+
+def _read(window: bytes) -> str | None:
+    """A window as it is compared; none where it ends inside a character."""
+    try:
+        text = window.decode()
+    except UnicodeDecodeError:
+        return None
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def complete(tokens: Sequence[Tokens], stops_MJ: np.ndarray) -> bool:
+    """Whether no content is left behind the last place."""
+    last_M = stops_MJ[:, -1] if stops_MJ.shape[1] else np.zeros(len(tokens), np.int64)
+    return all(_content(one, int(last)) == len(one.pieces) for one, last in zip(tokens, last_M, strict=True))
+
+
+RULES: dict[str, Align] = {"identical": identical, "offsets": offsets, "greedy": greedy}

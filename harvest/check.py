@@ -120,7 +120,7 @@ def pairs(store: Store, sampled: np.ndarray, tokenizers: Mapping[str, Tokenizer]
     """Decode, of each sampled row, every model's tokens from the start of the segment to the row's own.
 
     All must give one text. (Where two tokenizers do not spell a whole segment alike, as where one knows no upper case,
-    letters alone are compared.) The offsets that made the pairs are not looked at.
+    and in a greedy alignment, letters alone are compared.) The offsets that made the pairs are not looked at.
     """
     faults = []
     texts = {name: Prefixes(store, name, tokenizer) for name, tokenizer in tokenizers.items()}
@@ -129,7 +129,7 @@ def pairs(store: Store, sampled: np.ndarray, tokenizers: Mapping[str, Tokenizer]
         for one, two in pairwise(texts):
             wholes = texts[one].whole(segment), texts[two].whole(segment)
             prefixes = texts[one].upto(row, segment), texts[two].upto(row, segment)
-            if wholes[0] != wholes[1]:
+            if wholes[0] != wholes[1] or store.header.plan["alignment"] == "greedy":
                 prefixes = letters(prefixes[0]), letters(prefixes[1])
             if prefixes[0] != prefixes[1]:
                 ends = f"{one} ends {prefixes[0][-20:]!r}, {two} ends {prefixes[1][-20:]!r}"

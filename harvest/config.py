@@ -68,7 +68,9 @@ class RowsConfig(Config):
 
     count: int | None = Field(None, ge=1)  # store exactly so many rows, if the corpus has them; none: all
     context: int = Field(1024, ge=2)  # tokens of a segment at most, special tokens included
-    align: Literal["auto", "identical", "offsets"] = "auto"  # auto: identical where all tokenizers are the same
+    align: Literal["auto", "identical", "offsets", "greedy"] = (
+        "auto"  # auto: identical, or offsets for several tokenizers
+    )
     bos: Literal["model", "always", "never"] = "model"  # model: the special tokens that its tokenizer adds
     held_out: float = Field(0.1, ge=0.0, lt=1.0)  # share of documents that training never sees
     seed: int = Field(0, ge=0, lt=2**63)  # of the order of documents

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from harvest.align import RULES
+from harvest.align import RULES, complete
 from harvest.config import HarvestConfig
 from harvest.corpus import Document
 from harvest.segments import Speller, Tokens, cut
@@ -167,7 +167,7 @@ class _Draft:
         self.skipped["tokens_out_of_reach"] += lost
         for model, read in zip(self.models.values(), read_M, strict=True):
             model.read += read
-        self._close(document, held_out, before, lost == 0)
+        self._close(document, held_out, before, lost == 0 and complete(tokens, stops_MJ))
 
     def _segment(self, tokens: Sequence[Tokens], stops_MJ: np.ndarray, start_M: np.ndarray, most: int | None) -> None:
         """Add one segment and its rows: the special tokens around it too, where all models have the same tokens."""

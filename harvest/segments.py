@@ -21,11 +21,12 @@ class Tokens:
 
     `ends_T` counts the document's characters up to each token's end; -1 where a token is special, ends inside a
     character, or the tokenizer does not tell. `spelled` is false where the tokens' bytes are not the text's, since a
-    normaliser changed it: then no end is known.
+    normaliser changed it: then no end is known. `pieces` are the bytes of each token, none for a special one.
     """
 
     ids_T: np.ndarray
     ends_T: np.ndarray
+    pieces: Sequence[bytes]
     spelled: bool = True
 
 
@@ -57,20 +58,25 @@ class Speller:
             text, add_special_tokens=False, verbose=False, return_offsets_mapping=self.style == "offsets"
         )
         ids_T = np.array(encoding["input_ids"], np.int64)
+        pieces = [self._piece(index) for index in ids_T.tolist()]
         if self.style == "none":
             ends_T: np.ndarray | None = np.full(len(ids_T), -1)
         elif self.style == "offsets":
             ends_T = _ends_by_offset(np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2))
         else:
-            ends_T = _ends_by_bytes([self._piece(index) for index in ids_T.tolist()], text)
+            ends_T = _ends_by_bytes(pieces, text)
+        special_T = np.isin(ids_T, self.special)
+        pieces = [b"" if special else piece for piece, special in zip(pieces, special_T.tolist(), strict=True)]
         if ends_T is None:
-            return Tokens(ids_T.astype(np.int32), np.full(len(ids_T), -1, np.int32), spelled=False)
-        return Tokens(ids_T.astype(np.int32), np.where(np.isin(ids_T, self.special), -1, ends_T).astype(np.int32))
+            return Tokens(ids_T.astype(np.int32), np.full(len(ids_T), -1, np.int32), pieces, spelled=False)
+        return Tokens(ids_T.astype(np.int32), np.where(special_T, -1, ends_T).astype(np.int32), pieces)
 
     def _piece(self, index: int) -> bytes:
         if index not in self._pieces:
             piece = self.added.get(index)
-            if piece is None:
+            if self.style in ("none", "offsets"):
+                self._pieces[index] = str(self.tokenizer.decode([index])).removeprefix("##").encode()
+            elif piece is None:
                 self._pieces[index] = _unspell(str(self.tokenizer.convert_ids_to_tokens(index)), self.style)
             else:
                 self._pieces[index] = piece.replace("\u2581", " ").encode() if self.style == "words" else piece.encode()

@@ -3,6 +3,7 @@
 Letters: T tokens of a document in one model, M models, J places.
 """
 
+import unicodedata
 from itertools import combinations
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from harvest.align import RULES, identical, offsets
+from harvest.align import RULES, WINDOW, complete, greedy, identical, offsets
 from harvest.segments import Speller, Tokens
 from shared.errors import AlignmentError
 from tests.harvest.test_segments import KINDS, decoded, texts
@@ -24,7 +25,7 @@ def spellers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Speller]:
 
 
 def tokens(ids: list[int], ends: list[int]) -> Tokens:
-    return Tokens(np.array(ids, np.int32), np.array(ends, np.int32))
+    return Tokens(np.array(ids, np.int32), np.array(ends, np.int32), [b"x"] * len(ids))
 
 
 def spoken(speller: Speller, text: str) -> dict[int, int]:
@@ -159,3 +160,99 @@ def test_identical_refuses_other_ids() -> None:
         with pytest.raises(AlignmentError, match=r"do not give the same ids: model 1 and model 3. Set rows.align") as e:
             identical([tokens([4, 5, 6], [1, 2, 3])] * 2 + [tokens(other, [1] * len(other))])
         assert e.value.exit_code == 2
+
+
+# --- greedy ---------------------------------------------------------------------------------------------------------
+
+
+def of(*pieces: str | bytes) -> Tokens:
+    """Tokens that spell these pieces; an empty one is special."""
+    data = [piece if isinstance(piece, bytes) else piece.encode() for piece in pieces]
+    return Tokens(np.arange(len(data), dtype=np.int32), np.full(len(data), -1, np.int32), data)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "stops"),
+    [
+        (["In", " 1989"], ["In", " 198", "9"], [[1, 2], [1, 3]]),
+        (["ab", "cd", "e"], ["a", "bc", "de"], [[3], [3]]),  # windows on both sides
+        (["", "a", "b"], ["a", "", "b", ""], [[2, 3], [1, 3]]),  # special tokens stand anywhere
+        (["a", " ", "\n", "b"], ["a", " \n", "b"], [[1, 4], [1, 3]]),  # white space is skipped
+        (["a", "\n", "b"], ["a", "\nb"], [[1, 3], [1, 2]]),
+        (["The", " END"], ["the", " end"], [[1, 2], [1, 2]]),  # case does not count
+        (["\ufb01ne"], ["fi", "ne"], [[1], [2]]),  # nor do forms of a letter
+        (["a", "xx", "c"], ["a", "yy", "c"], [[1], [1]]),  # what follows a dead end is left out
+        (["a", "b", "c"], ["a", "bX", "c"], [[1], [1]]),
+        (["a", "  "], ["a"], [[1], [1]]),  # a document that ends with white space
+        ([" "], ["a"], [[], []]),
+        ([b"\xf0\x9f", b"\x98\x80"], [b"\xf0", b"\x9f\x98\x80"], [[2], [2]]),  # whole characters alone compare
+        ([b"\xf0\x9f", b"\x98\x80"], [b"\xe6\x97", b"\xa5"], [[], []]),  # both would show as U+FFFD
+        (["abc", "d"], ["ab", "cd"], [[2], [2]]),  # the one that is longer grows, too, where only it can
+    ],
+)
+def test_greedy_places_by_hand(one: list[str], two: list[str], stops: list[list[int]]) -> None:
+    assert greedy([of(*one), of(*two)]).tolist() == stops
+    assert greedy([of(*two), of(*one)]).tolist() == stops[::-1]
+
+
+def test_greedy_aligns_three_models_and_one() -> None:
+    three = [of("ab", "cd", " e"), of("a", "bcd", " e"), of("abc", "d", " ", "e")]
+    assert greedy(three).tolist() == [[2, 3], [2, 3], [2, 4]]
+    assert greedy([of("a", " ", "b")]).tolist() == [[1, 3]]
+
+
+def test_a_window_that_never_closes_ends_after_so_many_tokens() -> None:
+    one, two = of(*["a"] * 500), of("b", *["a"] * 500)
+    assert greedy([one, two]).shape == (2, 0)
+    long = ["a"] * WINDOW
+    assert greedy([of(*long), of("".join(long))]).tolist() == [[WINDOW], [1]]
+    assert greedy([of(*long, "a"), of("".join(long) + "a")]).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "whole"),
+    [(["a", " "], ["a", ""], True), (["a", "x"], ["a", "y"], False), ([], [], True), (["x"], ["y"], False)],
+)
+def test_a_document_is_complete_where_no_content_is_left_behind_the_last_place(
+    one: list[str], two: list[str], whole: bool
+) -> None:
+    pair = [of(*one), of(*two)]
+    assert complete(pair, greedy(pair)) == whole
+
+
+@pytest.mark.parametrize("pair", list(combinations(KINDS, 2)), ids=" + ".join)
+@given(text=texts)
+@settings(deadline=None, max_examples=25)
+def test_offsets_and_greedy_agree_where_nothing_diverges(
+    spellers: dict[str, Speller], pair: tuple[str, str], text: str
+) -> None:
+    """A greedy place whose tokens end at one character is one of offsets, and greedy has all of those up to its end
+    that hold content on both sides and begin where the other's window begins."""
+    read = [spellers[name].spell(text) for name in pair]
+    known = set(map(tuple, offsets(read).T.tolist()))
+    found = greedy(read).T.tolist()
+    for stops in found:
+        ends = {int(one.ends_T[stop - 1]) for one, stop in zip(read, stops, strict=True)}
+        assert len(ends) > 1 or -1 in ends or tuple(stops) in known
+        assert len({_letters(one, stop) for one, stop in zip(read, stops, strict=True)}) == 1
+    single = [stops for stops in found if all(stop > 0 for stop in stops)]
+    assert found == sorted(single)
+
+
+def _letters(one: Tokens, stop: int) -> str:
+    text = b"".join(one.pieces[:stop]).decode(errors="replace")
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text.isascii()])
+def test_on_plain_text_greedy_finds_every_place_of_offsets_that_holds_more_than_white_space(
+    spellers: dict[str, Speller], text: str
+) -> None:
+    for pair in combinations(("bytes", "pieces"), 2):
+        read = [spellers[name].spell(text) for name in pair]
+        content = [
+            stops
+            for stops in offsets(read).T.tolist()
+            if all(one.pieces[stop - 1].strip() for one, stop in zip(read, stops, strict=True))
+        ]
+        assert set(map(tuple, content)) <= set(map(tuple, greedy(read).T.tolist()))

@@ -194,3 +194,13 @@ def test_a_store_that_cannot_be_written_is_still_checked(
     monkeypatch.setattr(Store, "condemn", refused)
     check.write_down(copy, [Fault("x", "is missing")], Log())
     assert "this is not written into the store, which can still be trained on: read-only" in capsys.readouterr().err
+
+
+def test_a_greedy_store_pairs_the_same_letters_and_has_another_id(home: Path, pair: Store, tmp_path: Path) -> None:
+    store = harvest(config(home, tmp_path / "x.zarr", rows={"align": "greedy", "count": None}))
+    assert store.header.plan["alignment"] == "greedy"
+    assert store.header.id != pair.header.id
+    assert deep(store, store.rows) == []
+    token = np.fromfile(store.path / "rows/gemma/token/c/0", "<i8")
+    refit(store, "rows/gemma/token/c/0", token - 1)
+    assert {fault.file for fault in deep(store, store.rows)} == {"rows/gemma/token"}
