@@ -47,7 +47,9 @@ class Job:
                     progress.update()
 
             limits = dict.fromkeys(self.models, self.config.rows.context)
-            return plan.build(counted(), self.spellers, list(self.sources.values()), limits, self.config, self.align)
+            made = plan.build(counted(), self.spellers, list(self.sources.values()), limits, self.config, self.align)
+            progress.total = progress.n  # the rest of the corpus was not needed
+            return made
 
     def header(self, made: plan.Plan) -> Header:
         return Header(self.spec, self.models, self.sources, made.summary)
