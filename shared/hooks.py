@@ -74,12 +74,13 @@ def expand(model: nn.Module, pattern: str) -> list[str]:
     """
     found = []
     for one in _braces(pattern):
-        if "*" not in one:
-            found.append(one)
-            continue
         path, _, side = one.partition(":")
+        path = _local(model, path)
+        if "*" not in one:
+            found.append(path + (f":{side}" if side else ""))
+            continue
         names = [*_named(model), *(name for name, _ in model.named_modules() if name)]
-        matches = re.compile(re.escape(_local(model, path)).replace(r"\*", r"[^.]*"))
+        matches = re.compile(re.escape(path).replace(r"\*", r"[^.]*"))
         hits = [name + (f":{side}" if side else "") for name in names if matches.fullmatch(name)]
         if not hits:
             raise SiteError("the model has no site like this", one, "See harvest sites MODEL")

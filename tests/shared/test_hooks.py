@@ -498,6 +498,7 @@ def test_another_query_of_one_head_changes_the_rows_of_that_head_alone(loaded: M
         ("resid.*", ["resid.0", "resid.1", "resid.2"]),
         ("{attn,mlp}_out.{0,1}", ["attn_out.0", "attn_out.1", "mlp_out.0", "mlp_out.1"]),
         ("layers.*.mlp:out", ["layers.0.mlp:out", "layers.1.mlp:out", "layers.2.mlp:out"]),
+        ("model.layers.{0,2}.mlp:in", ["layers.0.mlp:in", "layers.2.mlp:in"]),  # one name for one site
         ("model.layers.*.mlp", ["layers.0.mlp", "layers.1.mlp", "layers.2.mlp"]),
         ("layers.{0,2}.self_attn.*_proj:in", [f"layers.{n}.self_attn.{p}_proj:in" for n in (0, 2) for p in "qkvo"]),
     ],
