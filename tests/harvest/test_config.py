@@ -81,7 +81,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest_known_one(key: str, near: st
         ({"rows": {"count": 0}}, "wrong value for rows.count: 0. "),
         ({"rows": {"context": 1}}, "wrong value for rows.context: 1. "),
         ({"rows": {"held_out": 1.0}}, "wrong value for rows.held_out: 1.0. "),
-        ({"rows": {"align": "greedy"}}, "wrong value for rows.align: 'greedy'. "),
+        ({"rows": {"align": "guess"}}, "wrong value for rows.align: 'guess'. "),
         ({"rows": {"bos": "yes"}}, "wrong value for rows.bos: 'yes'. "),
         ({"store": {"nonfinite": "ignore"}}, "wrong value for store.nonfinite: 'ignore'. "),
         ({"batch": {"tokens": "many"}}, "wrong value for batch.tokens: 'many'. "),
