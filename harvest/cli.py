@@ -59,8 +59,10 @@ def run(
     Example: harvest run pair.toml --store pair.zarr --set rows.count=1000000 --workers 4
     """
     asked, share = _config(config_file, settings, store, device, threads), _part(part)
-    if sum(option is not None for option in (workers, scheduler, part)) > 1:
-        raise ConfigError("give one of --workers, --scheduler and --part", f"--part {part}", "Each shares out the work")
+    shared = {"--workers": workers, "--scheduler": scheduler, "--part": part}
+    given = [f"{name} {value}" for name, value in shared.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError("each of these shares out the work", ", ".join(given), "Give one of them")
     with Log() as log, _resumable(Path(asked.store.path)):
         job = prepare(asked, log)
         found = bench.Bench(job.checkpoints, asked.device, asked.threads)

@@ -81,7 +81,8 @@ def finish(store: Store, crew: Crew, log: Log, part: Part | None = None) -> Stor
     """Make the units that are missing. What a check has condemned is made again."""
     if units := store.condemned[1]:
         store.reopen(units)
-    todo = [unit for unit in store.missing() if part is None or unit in part.units(store)]
+    share = part.units(store) if part else set(store.units)
+    todo = [unit for unit in store.missing() if unit in share]
     total = sum(len(store.rows_of(shard)) for shard, _ in todo)
     with bar("harvest", "rows", total, quiet=log.quiet) as progress:
         for receipt in crew.make(store, todo, progress.update):

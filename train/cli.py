@@ -137,26 +137,29 @@ def show(
 
 def _require_same_sites(folder: Path, store: Store, dictionary: Dictionary) -> None:
     """Figures on rows of another site look like any others."""
-    for candidate in (folder, folder.parent):
-        if (candidate / report.STORE).exists():
-            trained_on = files.read_json(candidate / report.STORE)["sources"]
-            for name in dictionary.wiring.widths:
-                asked, found = trained_on[name]["site"], store.source(name).site
-                if asked != found:
-                    way_out = "Give a store of the site that it was trained on"
-                    raise StoreError(f"{name} is another site in this store", f"{asked} -> {found}", way_out)
+    if (origin := _of_run(folder, report.STORE)) is None:
+        return
+    trained_on = files.read_json(origin)["sources"]
+    for name in dictionary.wiring.widths:
+        asked, found = trained_on[name]["site"], store.source(name).site
+        if asked != found:
+            way_out = "Give a store of the site that it was trained on"
+            raise StoreError(f"{name} is another site in this store", f"{asked} -> {found}", way_out)
 
 
 def _own_rows(folder: Path) -> int:
     """How many rows the run itself was measured on, so that its figures come out again."""
-    for candidate in (folder, folder.parent):
-        if (candidate / report.CONFIG).exists():
-            return configs.parse(TrainConfig, configs.read_toml(candidate / report.CONFIG)).log.measure_rows
-    return LogConfig().measure_rows
+    if (config := _of_run(folder, report.CONFIG)) is None:
+        return LogConfig().measure_rows
+    return configs.parse(TrainConfig, configs.read_toml(config)).log.measure_rows
 
 
 def _own_store(folder: Path) -> Path:
-    for candidate in (folder, folder.parent):
-        if (candidate / report.STORE).exists():
-            return Path(files.read_json(candidate / report.STORE)["path"])
-    raise CheckpointError("this folder does not name its store", folder, "Give --store CACHE")
+    if (origin := _of_run(folder, report.STORE)) is None:
+        raise CheckpointError("this folder does not name its store", folder, "Give --store CACHE")
+    return Path(files.read_json(origin)["path"])
+
+
+def _of_run(folder: Path, name: str) -> Path | None:
+    """A file of a run, found from its folder or from its dictionary/."""
+    return next((place / name for place in (folder, folder.parent) if (place / name).exists()), None)

@@ -531,3 +531,21 @@ def test_the_log_beside_a_store_has_times_hosts_and_processes(harvest: Harvest, 
     before = (tmp_path / "pair.zarr.log").read_bytes()
     assert harvest("run", tmp_path / "pair.toml").code == 0
     assert (tmp_path / "pair.zarr.log").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ("--workers", 2, "--part", "1/2"),
+            "each of these shares out the work: --workers 2, --part 1/2. Give one of them",
+        ),
+        (("--part", "3/2"), "--part must read I/N: 3/2. Example: --part 1/8, up to 8/8"),
+        (("--part", "two"), "--part must read I/N: two. Example: --part 1/8, up to 8/8"),
+    ],
+)
+def test_work_that_is_shared_out_in_no_way_gets_one_line(
+    harvest: Harvest, home: Path, tmp_path: Path, options: tuple[object, ...], told: str
+) -> None:
+    assert_one_line(harvest("run", write_config(home, tmp_path), *options), 2, f"error: {told}")
+    assert not (tmp_path / "pair.zarr").exists()
