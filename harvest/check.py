@@ -95,9 +95,9 @@ def _against(store: Store, source: str, shard: int, batch: Batch, x_ND: Tensor) 
     """Relative differences per row. Masked and clipped rows are what `cast` makes of the computed ones."""
     assert store.header.scale is not None
     scale = store.header.scale[source]
-    made = cast(x_ND, scale["factor"], scale["sink_norm"])
+    made = cast(x_ND, scale["factor"], scale["sink_norm"], store.dtype)
     stored_ND = store.map(f"activations/{source}", shard)[batch.row_N - shard * store.shard_rows]
-    return difference(made.values_ND.cpu().float(), torch.from_numpy(stored_ND).float())
+    return difference(made.values_ND.cpu().float(), layout.floats(stored_ND).float())
 
 
 def _judged(

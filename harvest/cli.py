@@ -304,10 +304,7 @@ def _checked(full: bool, deep: int) -> str:
 def _summary(store: Store) -> dict[str, Any]:
     header: Header = store.header
     scale = {name: values["factor"] for name, values in (header.scale or {}).items()}
-    faults: dict[str, dict[str, int]] = {}
-    for name in header.sources:
-        faults[name] = store.fault_counts(name)
-    return {**header.plan, "scale_factor": scale, "faults": faults}
+    return {**header.plan, "scale_factor": scale, "faults": overview.faults(store)}
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

@@ -89,6 +89,7 @@ class StoreConfig(Config):
     path: str = "activations.zarr"  # the store's folder
     shard_bytes: int = Field(2**30, ge=1)  # bytes of the largest unit at most
     chunk_bytes: int = Field(2**21, ge=1)  # bytes of a chunk of the widest source at most
+    dtype: Literal["float16", "bfloat16"] = "float16"  # bfloat16: a wider range, three bits less of precision
     nonfinite: Literal["fail", "mask"] = "fail"  # mask: such a row is stored as zeros, flagged and never served
 
 

@@ -28,7 +28,7 @@ def status(path: Path) -> dict[str, Any]:
         "rows": store.rows,
         "units": {model: [sum(name == model for _, name in made), store.shards] for model in store.header.models},
         "bytes": sum(entry["size"] for receipt in receipts for entry in receipt["files"].values()),
-        "faults": _faults(receipts),
+        "faults": _summed(receipts),
         "made_with": _variants(receipts),
         "damage": store.condemned[0],
         "held_by": held,
@@ -41,8 +41,12 @@ def state(store: Store) -> str:
     return "finished" if store.sealed else "planned" if store.header.scale is None else "unfinished"
 
 
-def _faults(receipts: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """{source: {fault: rows}} of the units that are there."""
+def faults(store: Store) -> dict[str, dict[str, int]]:
+    """{source: {fault: count}} of the units that are there: rows, or components where the name says so."""
+    return _summed(_receipts(store))
+
+
+def _summed(receipts: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     total: dict[str, dict[str, int]] = {}
     for receipt in receipts:
         for source, counts in receipt["faults"].items():

@@ -65,7 +65,8 @@ def build(
         raise AlignmentError("no row came of the corpus", draft.skipped, "Check rows.align and the tokenizers")
     sizes = shard_sizes(draft.rows, sources, config)
     tables = draft.tables() | _batches(draft, sizes["shard_rows"], config.batch.tokens)
-    return Plan(tables, {"rows": draft.rows, **sizes, **draft.summary(), "alignment": align})
+    summary = {**sizes, **draft.summary(), "alignment": align, "dtype": config.store.dtype}
+    return Plan(tables, {"rows": draft.rows, **summary})
 
 
 def notes(summary: Mapping[str, Any], config: HarvestConfig) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harvest.cast import cast
 from harvest.forward import Batch, Batches, rows
-from shared import hooks
+from shared import hooks, layout
 from shared.errors import ActivationError
 from shared.models import Tokenizer
 from shared.moments import CLASSES, Moments, class_of
@@ -33,45 +33,35 @@ class UnitMaker:
     def make(self, shard: int, tick: Any) -> dict[str, Part]:
         """The parts of one unit. Raises ActivationError at a value that is not finite, unless they are to be masked."""
         inside = self.store.rows_of(shard)
-        parts = {source: self._empty(source, len(inside)) for source in self.sites.values()}
-        moments = {
-            source: [Moments.empty(part.activations_ND.shape[1]) for _ in CLASSES] for source, part in parts.items()
-        }
+        made = {source: _Made(self.store, source, len(inside)) for source in self.sites.values()}
         for batch in self.batches.of(shard):
             for source, x_ND in self.run(batch).items():
-                self._take(source, x_ND, batch, parts[source], moments[source], inside.start)
+                self._take(source, x_ND, batch, made[source], inside.start)
             tick(len(batch.row_N))
-        for source, part in parts.items():
-            part.moments_XK[:] = [one.pack() for one in moments[source]]
-        return parts
+        return {source: one.part() for source, one in made.items()}
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """{source: x_ND}, not cast."""
         return rows(self.captured, batch, self.sites, self.device)
 
-    def _empty(self, source: str, count: int) -> Part:
-        width = self.store.header.sources[source].width
-        packed = np.empty((len(CLASSES), len(Moments.empty(width).pack())))
-        return Part(
-            np.empty((count, width), np.float16), np.empty(count, np.float32), np.empty(count, np.uint8), packed
-        )
-
-    def _take(self, source: str, x_ND: Tensor, batch: Batch, part: Part, moments: list[Moments], start: int) -> None:
+    def _take(self, source: str, x_ND: Tensor, batch: Batch, made: "_Made", start: int) -> None:
         assert self.store.header.scale is not None
         scale = self.store.header.scale[source]
-        done = cast(x_ND, scale["factor"], scale["sink_norm"])
+        done = cast(x_ND, scale["factor"], scale["sink_norm"], self.store.dtype)
         masked_N = done.faults_N & MASKED > 0
         if masked_N.any() and self.store.header.spec["store"]["nonfinite"] == "fail":
             raise self._nonfinite(source, int(batch.row_N[masked_N.argmax()]))
         at_N = batch.row_N - start
-        part.activations_ND[at_N] = done.values_ND.cpu().numpy()
-        part.norms_N[at_N] = done.norms_N.cpu().numpy()
-        part.faults_N[at_N] = done.faults_N
+        made.activations_ND[at_N] = layout.stored(done.values_ND.cpu())
+        made.norms_N[at_N] = done.norms_N.cpu().numpy()
+        made.faults_N[at_N] = done.faults_N
+        made.subnormal += done.subnormal
         row_N = batch.row_N
         class_N = class_of(self.special_N[row_N], self.first_N[row_N], done.faults_N & SINK > 0, self.held_out_N[row_N])
         x_cpu = done.x_ND.cpu()
         for index in np.unique(class_N[~masked_N]):
-            moments[index] = moments[index].merge(Moments.of(x_cpu[torch.from_numpy((class_N == index) & ~masked_N)]))
+            chosen_N = torch.from_numpy((class_N == index) & ~masked_N)
+            made.moments[index] = made.moments[index].merge(Moments.of(x_cpu[chosen_N]))
 
     def _nonfinite(self, source: str, row: int) -> ActivationError:
         document = self.store.document_ids()[self.store.column("rows/document")[row]]
@@ -82,3 +72,18 @@ class UnitMaker:
             f"document {document!r}, token {text!r}, row {row}",
             'Run the model in float32 or bfloat16, or set store.nonfinite to "mask"',
         )
+
+
+class _Made:
+    """What a unit stores of one source, while its batches come in."""
+
+    def __init__(self, store: Store, source: str, count: int) -> None:
+        width = store.header.sources[source].width
+        self.activations_ND = np.empty((count, width), layout.DTYPES[store.header.plan["dtype"]])
+        self.norms_N, self.faults_N = np.empty(count, np.float32), np.empty(count, np.uint8)
+        self.moments = [Moments.empty(width) for _ in CLASSES]
+        self.subnormal = 0
+
+    def part(self) -> Part:
+        packed_XK = np.stack([one.pack() for one in self.moments])
+        return Part(self.activations_ND, self.norms_N, self.faults_N, packed_XK, self.subnormal)

@@ -88,7 +88,8 @@ class Worker:
             name: float(difference(once[name][: len(x_ND)].float(), x_ND.float()).nan_to_num(0.0).max())
             for name, x_ND in again.items()
         }
-        return {source: calibrated(norms[source], largest[source], rounding[source]) for source in norms}
+        dtype = self.store.dtype
+        return {source: calibrated(norms[source], largest[source], rounding[source], dtype) for source in norms}
 
     def _load(self, name: str) -> nn.Module:
         if self._model is None or self.holds != name:

@@ -9,6 +9,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import torch
 
 from shared.moments import CLASSES, packed_fields
 from shared.source import Source
@@ -17,6 +18,8 @@ TABLE_CHUNK = 2**22  # items per chunk of tokens, segments, documents and batche
 ABSENT = np.uint64(2**64 - 1)  # offset and length of a chunk that a shard does not hold
 GROUP, SEALED, DAMAGED = "zarr.json", "sealed", "damaged"
 Unit = tuple[int, str]  # (shard, model)
+DTYPES = {"float16": "<f2", "bfloat16": "<u2"}  # how activations lie on the disk: NumPy and Zarr know no bfloat16
+NANS = {"float16": np.nan, "bfloat16": 0x7FC0}  # what fills the rows that a last chunk lacks
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,17 @@ def table_array(name: str, values: np.ndarray, shard_rows: int) -> Array:
     return Array(values.shape, values.dtype.str, (chunk,), (dim,))
 
 
-def unit_arrays(source: Source, plan: Mapping[str, int], factor: float) -> dict[str, Array]:
+def unit_arrays(source: Source, plan: Mapping[str, Any], factor: float) -> dict[str, Array]:
     """{name: array} of all that the units of one source fill."""
     n, s, c, fields = plan["rows"], plan["shard_rows"], plan["chunk_rows"], packed_fields(source.width)
     k = fields["norm_histogram"][1]
     shape = {"heads": source.heads, "head_dim": source.width // source.heads} if source.heads else {}
+    dtype = plan["dtype"]
+    kind = {} if dtype == "float16" else {"dtype": dtype}
     return {
         f"activations/{source.name}": Array(
-            (n, source.width), "<f2", (c, source.width), ("row", f"width_{source.name}"),
-            (s, source.width), np.nan, {"scale_factor": factor, **shape},
+            (n, source.width), DTYPES[dtype], (c, source.width), ("row", f"width_{source.name}"),
+            (s, source.width), NANS[dtype], {"scale_factor": factor, **shape, **kind},
         ),
         f"norms/{source.name}": Array((n,), "<f4", (s,), ("row",), fill=np.nan),
         f"faults/{source.name}": Array((n,), "|u1", (s,), ("row",)),
@@ -86,6 +91,17 @@ def padded(values: np.ndarray, length: int, fill: float) -> np.ndarray:
     if len(values) == length:
         return np.ascontiguousarray(values)
     return np.concatenate([values, np.full((length - len(values), *values.shape[1:]), fill, values.dtype)])
+
+
+def floats(stored: np.ndarray) -> torch.Tensor:
+    """Activations as they lie on the disk, as numbers: float16 or bfloat16, over the same memory."""
+    values = torch.from_numpy(stored)
+    return values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
+
+
+def stored(values: torch.Tensor) -> np.ndarray:
+    """Numbers as they lie on the disk, over the same memory: the inverse of `floats`."""
+    return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
 def raw(values: np.ndarray) -> memoryview:

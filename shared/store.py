@@ -63,12 +63,13 @@ class Header:
 
 @dataclass(frozen=True)
 class Part:
-    """What one unit stores of one source: fp16 rows, their norms and faults, and moments per class."""
+    """What one unit stores of one source: rows, their norms and faults, moments per class, and a count (cast.Cast)."""
 
     activations_ND: np.ndarray
     norms_N: np.ndarray
     faults_N: np.ndarray
     moments_XK: np.ndarray
+    subnormal: int = 0
 
 
 class Store:
@@ -80,6 +81,7 @@ class Store:
         self.shard_rows: int = header.plan["shard_rows"]
         self.chunk_rows: int = header.plan["chunk_rows"]
         self.shards: int = header.plan["shards"]
+        self.dtype: torch.dtype = getattr(torch, header.plan["dtype"])
 
     def __repr__(self) -> str:
         sources = ", ".join(f"{name} ({one.width})" for name, one in self.header.sources.items())
@@ -138,13 +140,17 @@ class Store:
         for name, part in parts.items():
             rows = self.rows_of(shard)
             assert part.activations_ND.shape == (len(rows), self.header.sources[name].width)
-            assert (part.activations_ND.dtype, part.norms_N.dtype, part.faults_N.dtype) == ("f2", "f4", "u1")
+            stored = layout.DTYPES[self.header.plan["dtype"]]
+            assert (part.activations_ND.dtype, part.norms_N.dtype, part.faults_N.dtype) == (stored, "f4", "u1")
             activations, norms, faults, moments = layout.unit_files(name, shard)
             written |= self._write_shard(activations, part.activations_ND)
             written |= self._write(norms, padded(part.norms_N, self.shard_rows, np.nan))
             written |= self._write(faults, padded(part.faults_N, self.shard_rows, 0))
             written |= self._write(moments, part.moments_XK)
-        counts = {name: count_faults(part.faults_N) for name, part in parts.items()}
+        counts = {
+            name: {**count_faults(part.faults_N), "subnormal_components": part.subnormal}
+            for name, part in parts.items()
+        }
         receipt = {
             "id": self.header.id,
             "shard": shard,
@@ -282,11 +288,11 @@ class Store:
         start, stop, _ = slice(start, stop).indices(self.rows)
         found = {}
         for name, source in self.header.sources.items():
-            pieces = [np.empty((0, source.width), np.float16)]
+            pieces = [np.empty((0, source.width), layout.DTYPES[self.header.plan["dtype"]])]
             for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
                 first = shard * self.shard_rows
                 pieces.append(self.map(f"activations/{name}", shard)[max(start - first, 0) : stop - first])
-            found[name] = torch.from_numpy(np.concatenate(pieces)).float() * self.factor(name)
+            found[name] = layout.floats(np.concatenate(pieces)).float() * self.factor(name)
         return found
 
     def dask(self, source: str, block_rows: int = 65_536) -> "dask.array.Array":
@@ -307,7 +313,7 @@ class Store:
 
     def _piece(self, source: str, shard: int, start: int, stop: int) -> np.ndarray:
         stored_ND = self.map(f"activations/{source}", shard)[start:stop]
-        return stored_ND.astype(np.float32) * np.float32(self.factor(source))
+        return layout.floats(np.array(stored_ND)).float().numpy() * np.float32(self.factor(source))
 
     def moments(self, source: str, classes: Iterable[str]) -> Moments:
         """The moments of all rows of these classes, in the model's own units, merged in shard order."""
@@ -346,7 +352,8 @@ class Store:
 
     def _write_shard(self, name: str, rows_ND: np.ndarray) -> dict[str, Any]:
         starts = range(0, len(rows_ND), self.chunk_rows)
-        chunks = [raw(padded(rows_ND[i : i + self.chunk_rows], self.chunk_rows, np.nan)) for i in starts]
+        fill = layout.NANS[self.header.plan["dtype"]]
+        chunks = [raw(padded(rows_ND[i : i + self.chunk_rows], self.chunk_rows, fill)) for i in starts]
         parts: list[bytes | memoryview] = [
             *chunks,
             layout.shard_index([len(chunk) for chunk in chunks], self.shard_rows // self.chunk_rows),

@@ -111,6 +111,7 @@ def _header(
         "segments": len(tables["segments/document"]),
         "tokens": dict.fromkeys(names, rows), "read": dict.fromkeys(names, rows),
         "aligned_tokens": dict.fromkeys(names, 1.0), "aligned_documents": 1.0, "skipped": {}, "alignment": "identical",
+        "dtype": "float16",
     }  # fmt: skip
     spec = {"models": {name: model.identity() for name, model in models.items()}, "widths": dict(widths), "rows": rows}
     return Header(spec, models, sources, plan)

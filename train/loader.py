@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shared import layout
 from shared.store import Store
 from train.order import Order
 from train.reader import Reader
@@ -27,21 +28,19 @@ class Rows:
 
 
 class _Slot:
-    """The fp16 buffers of one batch: pinned when the device is CUDA, and then `read` says when it has read them."""
+    """The buffers of one batch, in the store's type. With CUDA pinned; `read` says when the device has read them."""
 
-    def __init__(self, widths: dict[str, int], batch: int, device: torch.device) -> None:
+    def __init__(self, widths: dict[str, int], dtype: torch.dtype, batch: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
-        self.x = {
-            name: torch.empty(batch, width, dtype=torch.float16, pin_memory=cuda) for name, width in widths.items()
-        }
-        self.arrays = {name: x_BD.numpy() for name, x_BD in self.x.items()}
+        self.x = {name: torch.empty(batch, width, dtype=dtype, pin_memory=cuda) for name, width in widths.items()}
+        self.arrays = {name: layout.stored(x_BD) for name, x_BD in self.x.items()}
         self.read = torch.cuda.Event(blocking=True) if cuda else None
 
 
 class Loader:
     """The batches of `steps`, in their order, whatever the number of threads.
 
-        order -> rows_B -> slot (fp16, reused) -> copy stream -> device (fp16 -> float32 x factor) -> Rows
+        order -> rows_B -> slot (16 bits, reused) -> copy stream -> device (-> float32 x factor) -> Rows
         |------------------- threads, at most `slots` batches ahead -----------------------------|
 
     Used as a context manager, or closed by close(). An error in a thread ends the iteration with its own traceback.
@@ -63,7 +62,7 @@ class Loader:
         self._flying: deque[tuple[Future[Rows], _Slot]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="granary-loader")
         for _ in range(min(slots, len(steps))):
-            self._launch(_Slot(self._reader.widths, batch, device))
+            self._launch(_Slot(self._reader.widths, store.dtype, batch, device))
 
     def __iter__(self) -> Iterator[Rows]:
         while self._flying:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared import layout
 from shared.errors import StoreError
 from shared.log import bar
 from shared.store import HELD_OUT, TRAIN, Store
@@ -196,4 +197,4 @@ def _batches(
 ) -> Iterator[dict[str, Tensor]]:
     with Reader(store, sources_of(dictionary)) as reader:
         for _, stored in reader.stream(rows, BATCH):
-            yield {n: torch.from_numpy(x).to(device).float() * store.factor(n) for n, x in stored.items()}
+            yield {n: layout.floats(x).to(device).float() * store.factor(n) for n, x in stored.items()}

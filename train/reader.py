@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared import config
+from shared import config, layout
 from shared.errors import StoreError
 from shared.store import FIRST, MASKED, SINK, SPECIAL, TRAIN, Store
 
@@ -70,18 +70,20 @@ def _hits(store: Store, sources: list[str], models: list[str], shard: int) -> di
 class Reader:
     """Rows of some sources of a store, straight from its memory maps. Safe to use from several threads.
 
-    Stored values are served as they are, in fp16: multiply by `store.factor(source)` for the model's own units.
+    Stored values are served as they lie on the disk (`dtype`; numbers by layout.floats): multiply by
+    `store.factor(source)` for the model's own units.
     """
 
     def __init__(self, store: Store, sources: Iterable[str]) -> None:
         self.store = store
         self.widths = {name: store.source(name).width for name in sources}
+        self.dtype = np.dtype(layout.DTYPES[store.header.plan["dtype"]])
         _allow_files(len(self.widths) * store.shards)
         self._maps = {name: _open(store, name) for name in self.widths}
         self._ends = np.arange(1, store.shards + 1) * store.shard_rows
 
     def gather(self, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Fill `out` {source: fp16 [B, width]} with these rows, in file order. Returns the rows in that order."""
+        """Fill `out` {source: [B, width]} with these rows, in file order. Returns the rows in that order."""
         rows_B = np.sort(rows_B)
         assert not len(rows_B) or (rows_B[0] >= 0 and rows_B[-1] < self.store.rows)
         stops = np.searchsorted(rows_B, self._ends)
@@ -95,10 +97,10 @@ class Reader:
         return rows_B
 
     def stream(self, rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """(rows_B, {source: fp16 [B, width]}) of these ascending rows, batch after batch in file order."""
+        """(rows_B, {source: [B, width]}) of these ascending rows, batch after batch in file order."""
         for start in range(0, len(rows), batch):
             rows_B = rows[start : start + batch]
-            x = {name: np.empty((len(rows_B), width), np.float16) for name, width in self.widths.items()}
+            x = {name: np.empty((len(rows_B), width), self.dtype) for name, width in self.widths.items()}
             yield self.gather(rows_B, x), x
             self.forget(rows_B[:1], int(rows_B[-1] - rows_B[0]) + 1)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shared import layout
 from shared.errors import StoreError
 from shared.moments import Moments
 from shared.store import FIRST, MASKED, SINK, SPECIAL, TRAIN, Store
@@ -117,4 +118,4 @@ def _median_norm(store: Store, reader: Reader, source: str, order: Order, mean_D
 def _read(store: Store, reader: Reader, source: str, rows: np.ndarray) -> Iterable[Tensor]:
     """These rows of one source in the model's own units, float64, a piece at a time."""
     factor = store.factor(source)
-    return (torch.from_numpy(x[source]).double() * factor for _, x in reader.stream(rows, CHUNK))
+    return (layout.floats(x[source]).double() * factor for _, x in reader.stream(rows, CHUNK))

@@ -9,6 +9,7 @@ from harvest import work
 from harvest.bench import Bench
 from harvest.config import HarvestConfig
 from harvest.job import prepare
+from shared import layout
 from shared.log import Log
 from shared.store import FIRST, HELD_OUT, SINK, SPECIAL, Store
 
@@ -53,7 +54,7 @@ def tree(path: Path) -> Tree:
 def stored(store: Store, source: str) -> np.ndarray:
     """All rows in the model's own units, fp64."""
     shards = [store.map(f"activations/{source}", shard) for shard in range(store.shards)]
-    return np.concatenate(shards).astype(np.float64) * store.factor(source)
+    return layout.floats(np.concatenate(shards)).double().numpy() * store.factor(source)
 
 
 def classes(store: Store, source: str) -> list[str]:

@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harvest.cast import FP16_MAX, calibrated, cast, difference, factor_for
+from harvest.cast import calibrated, cast, difference, factor_for
 from shared.store import CLIPPED, MASKED, SINK
+
+FP16_MAX = 65_504.0
+FP16, BF16 = torch.float16, torch.bfloat16
 
 
 def bf16() -> Tensor:
@@ -37,19 +40,19 @@ def faults(x_ND: Tensor, factor: float = 1.0, sink_norm: float = math.inf) -> li
     ],
 )  # fmt: skip
 def test_the_factor_is_the_smallest_power_of_two_with_fourfold_headroom(largest: float, factor: float) -> None:
-    assert factor_for(largest) == factor
+    assert factor_for(largest, FP16) == factor
 
 
 @pytest.mark.parametrize("power", range(40))
 def test_the_factor_is_exact_at_its_boundaries_in_fp32(power: int) -> None:
     boundary = np.float32(16_376 * 2.0**power)
-    assert factor_for(float(boundary)) == 2.0**power
-    assert factor_for(float(np.nextafter(boundary, np.float32(np.inf)))) == 2.0 ** (power + 1)
+    assert factor_for(float(boundary), FP16) == 2.0**power
+    assert factor_for(float(np.nextafter(boundary, np.float32(np.inf))), FP16) == 2.0 ** (power + 1)
 
 
 @given(st.floats(0, 3.4028234663852886e38, width=32))
 def test_whatever_was_seen_fits_four_times_and_not_with_a_smaller_factor(largest: float) -> None:
-    factor = factor_for(largest)
+    factor = factor_for(largest, FP16)
     assert math.log2(factor).is_integer()
     assert factor >= 1
     assert 4 * largest / factor <= FP16_MAX
@@ -61,7 +64,7 @@ def test_whatever_was_seen_fits_four_times_and_not_with_a_smaller_factor(largest
 
 def test_a_large_value_fits_with_its_factor_and_is_clipped_and_flagged_without() -> None:
     x_ND = torch.tensor([[7e5, -1.0], [3.0, 4.0], [-7e5, 2.0]])
-    fits = cast(x_ND, factor_for(7e5), math.inf)
+    fits = cast(x_ND, factor_for(7e5, FP16), math.inf)
     assert fits.values_ND.tolist() == [[10_936.0, -0.015625], [0.046875, 0.0625], [-10_936.0, 0.03125]]
     assert fits.faults_N.tolist() == [0, 0, 0]
     clipped = cast(x_ND, 1.0, math.inf)
@@ -134,22 +137,47 @@ def test_the_norm_is_taken_in_fp32_whatever_the_models_dtype(dtype: torch.dtype)
     assert done.values_ND.dtype == torch.float16
 
 
+def test_what_falls_below_the_smallest_normal_number_is_counted_and_zeros_are_not() -> None:
+    smallest = 2.0**-14
+    x_ND = torch.tensor([[smallest, smallest * 0.999, 0.0], [-(2.0**-24), 1e-9, -1.0]])
+    done = cast(x_ND, 1.0, math.inf)
+    assert done.subnormal == 3
+    assert done.values_ND.tolist()[1][:2] == [-(2.0**-24), 0.0]  # the last one is lost
+    assert cast(x_ND, 2.0, math.inf).subnormal == 4
+    assert cast(x_ND, 1.0, math.inf, BF16).subnormal == 0
+    assert cast(torch.tensor([[2.0**-126, 1e-39]]), 1.0, math.inf, BF16).subnormal == 1
+
+
+def test_as_bfloat16_no_model_value_is_scaled_or_clipped() -> None:
+    assert factor_for(696_320.0, BF16) == factor_for(8e37, BF16) == 1.0
+    x_N = bf16()
+    done = cast(x_N[:, None], 1.0, math.inf, BF16)
+    assert torch.equal(done.values_ND[:, 0], x_N) and done.values_ND.dtype == BF16
+    assert not done.faults_N.any()
+    beyond = cast(
+        torch.tensor([[3.4e38], [-3.4e38]]), 1.0, math.inf, BF16
+    )  # fp32 holds it, bfloat16 would round to inf
+    assert beyond.faults_N.tolist() == [CLIPPED, CLIPPED]
+    assert beyond.values_ND.abs().float().tolist() == [[torch.finfo(BF16).max]] * 2
+
+
 # --- the calibration ------------------------------------------------------------------------------------------------
 
 
 def test_the_calibration_takes_the_median_of_the_norms_that_are_not_zero() -> None:
     norms = [torch.tensor([0.0, 3.0]), torch.tensor([1.0, 500.0, 2.0, 0.0])]
-    assert calibrated(norms, 70_000.0, 0.01) == {
+    assert calibrated(norms, 70_000.0, 0.01, FP16) == {
         "factor": 8.0, "largest": 70_000.0, "median_norm": 2.0, "sink_norm": 20.0, "tolerance": 0.08,
     }  # fmt: skip
 
 
 def test_rows_that_are_all_zero_give_a_scale_that_json_can_hold_and_no_sink() -> None:
-    scale = calibrated([torch.zeros(3)], 0.0, 0.0)
+    scale = calibrated([torch.zeros(3)], 0.0, 0.0, FP16)
     assert scale["factor"] == 1.0
     assert json.loads(json.dumps(scale, allow_nan=False)) == scale
     assert faults(torch.tensor([[1e6], [1.0]]), 64.0, scale["sink_norm"]) == [0, 0]
     assert scale["tolerance"] == 2**-9  # what fp16 itself rounds, fourfold
+    assert calibrated([torch.zeros(3)], 0.0, 0.0, BF16)["tolerance"] == 2**-6
 
 
 def test_the_difference_of_two_rows_is_relative_to_the_first() -> None:

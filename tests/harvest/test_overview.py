@@ -15,7 +15,10 @@ def test_a_finished_store_shows_all_it_has(pair: Store) -> None:
     found = overview.status(pair.path)
     assert (found["id"], found["state"], found["rows"]) == (pair.header.id, "finished", 300)
     assert found["units"] == {"llama": [4, 4], "gemma": [4, 4]}
-    assert found["faults"] == {name: pair.fault_counts(name) for name in pair.header.sources}
+    rows = {
+        name: {k: n for k, n in one.items() if k != "subnormal_components"} for name, one in found["faults"].items()
+    }
+    assert rows == {name: pair.fault_counts(name) for name in pair.header.sources}
     data = ("activations", "norms", "faults", "moments")
     sizes = [file.stat().st_size for kind in data for file in (pair.path / kind).rglob("c/**/*") if file.is_file()]
     assert found["bytes"] == sum(sizes)

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from harvest import plan
 from harvest.job import prepare
 from harvest.worker import Worker
-from shared import files, models
+from shared import files, models, verify
 from shared.errors import SpaceError, StoreError, StoreMismatchError
 from shared.log import Log
 from shared.moments import CLASSES
 from shared.store import Store
 from tests.harvest.pair import classes, config, harvest, one, stored, tree
 from tests.tiny import TEXTS, byte_level, save_model, sentencepiece
+from train.loader import Loader
+from train.order import Order
 
 ROUNDING = 2.0**-11  # of fp16, relative
 PADDING = 2e-5  # another length of padding sums fp32 in another order; values are about 1
@@ -162,12 +164,41 @@ def test_a_bf16_model_loses_nothing_in_fp16(home: Path, tmp_path: Path) -> None:
     assert np.array_equal(stored(store, "llama")[spanned_ND], own_ND[spanned_ND])
 
 
-def test_activations_beyond_fp16_are_scaled_by_a_power_of_two(home: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(home / "llama", tmp_path / "loud")
+def loud(home: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """A model whose activations pass what fp16 holds."""
+    shutil.copytree(home / "llama", folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"] *= 1e6
+    weights = {name: values.to(dtype) for name, values in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    asked = {"llama": {"path": str(folder), "sites": ["resid.0"]}}
+    asked = files.read_json(folder / "config.json")
+    files.write_json(folder / "config.json", {**asked, "dtype": str(dtype).removeprefix("torch.")})
+    return folder
+
+
+def test_a_store_of_bfloat16_holds_a_loud_bf16_model_to_the_bit_without_scale_or_clip(
+    home: Path, tmp_path: Path
+) -> None:
+    asked = {"llama": {"path": str(loud(home, tmp_path / "loud", torch.bfloat16)), "sites": ["resid.0"]}}
+    tables = {"models": asked, "batch": {"tokens": 1}, "rows": {"count": 60}, "threads": None}
+    store = harvest(config(home, tmp_path / "x.zarr", store={"dtype": "bfloat16"}, **tables))
+    own_ND = own_rows(store, "llama")
+    assert np.abs(own_ND).max() > 4e5 and store.factor("llama") == 1.0
+    assert np.array_equal(stored(store, "llama"), own_ND)
+    assert store.fault_counts("llama")["clipped"] == 0
+    assert np.array_equal(store.read(0, store.rows)["llama"].numpy(), own_ND.astype(np.float32))
+    assert np.array_equal(store.dask("llama").compute(), own_ND.astype(np.float32))
+    declared = files.read_json(store.path / "activations/llama/zarr.json")
+    assert declared["data_type"] == "uint16" and declared["attributes"]["dtype"] == "bfloat16"
+    assert verify.full(store) == []
+    kept_N = np.ones(store.rows, bool)
+    with Loader(store, ["llama"], Order(kept_N, 4, 2, 0), 7, range(5), torch.device("cpu")) as loader:
+        for rows in loader:
+            assert np.array_equal(rows.x["llama"].numpy(), own_ND[rows.rows_B].astype(np.float32))
+
+
+def test_activations_beyond_fp16_are_scaled_by_a_power_of_two(home: Path, tmp_path: Path) -> None:
+    asked = {"llama": {"path": str(loud(home, tmp_path / "loud", torch.float32)), "sites": ["resid.0"]}}
     store = harvest(config(home, tmp_path / "x.zarr", models=asked, rows={"count": 80}))
     own_ND = own_rows(store, "llama")
     assert np.abs(own_ND).max() > 4e5

@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 
 from shared import layout
 from shared.source import Source
@@ -38,9 +39,21 @@ def test_raw_bytes_are_in_c_order_whatever_the_memory() -> None:
     assert bytes(layout.raw(np.asfortranarray(values))) == struct.pack("<6H", *range(6))
 
 
+def test_bfloat16_lies_on_the_disk_as_the_bits_of_uint16() -> None:
+    numbers = torch.tensor([[1.0, -2.0], [float("nan"), 3e38]], dtype=torch.bfloat16)
+    bits = layout.stored(numbers)
+    assert bits.dtype == np.dtype(layout.DTYPES["bfloat16"]) and bits[0].tolist() == [0x3F80, 0xC000]
+    assert torch.equal(layout.floats(bits).view(torch.int16), numbers.view(torch.int16))
+    assert layout.floats(np.array([layout.NANS["bfloat16"]], np.uint16)).isnan().all()
+    half = torch.tensor([1.5], dtype=torch.float16)
+    assert layout.stored(half).dtype == np.dtype(layout.DTYPES["float16"]) and torch.equal(
+        layout.floats(layout.stored(half)), half
+    )
+
+
 @pytest.mark.parametrize("source", ["a", "chat-2"])
 def test_the_files_of_a_unit_belong_to_the_arrays_of_its_source(source: str) -> None:
-    plan = {"rows": 20, "shard_rows": 8, "chunk_rows": 4, "shards": 3}
+    plan = {"rows": 20, "shard_rows": 8, "chunk_rows": 4, "shards": 3, "dtype": "float16"}
     arrays = layout.unit_arrays(Source(source, "m", "resid.1", 6), plan, 2.0)
     names = layout.unit_files(source, 2)
     assert [name.split("/c/")[0] for name in names] == list(arrays)

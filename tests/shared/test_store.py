@@ -59,7 +59,13 @@ def make_header(rows: int, shard_rows: int, chunk_rows: int, sources: Mapping[st
         {"format": 1, "corpus": "abc", "models": list(names), "rows": {"count": rows, "seed": 0}},
         {name: Model(name, f"/models/{name}", f"w-{name}", f"t-{name}", "float32", "eager") for name in names},
         {name: Source(name, model, "resid.1", width) for name, (model, width) in sources.items()},
-        {"rows": rows, "shard_rows": shard_rows, "chunk_rows": chunk_rows, "shards": -(-rows // shard_rows)},
+        {
+            "rows": rows,
+            "shard_rows": shard_rows,
+            "chunk_rows": chunk_rows,
+            "shards": -(-rows // shard_rows),
+            "dtype": "float16",
+        },
     )
 
 
@@ -381,9 +387,11 @@ def test_sealed_covers_every_file_and_every_receipt(original: Path) -> None:
 def test_a_receipt_says_what_made_the_unit_and_counts_its_faults(tmp_path: Path) -> None:
     store = plan(tmp_path / "a.zarr", make_header(4, 4, 2, ONE))
     faults_N = np.array([CLIPPED, CLIPPED | SINK, MASKED, 0], np.uint8)
-    receipt = store.put(0, "m", {"s": replace(make_part(store, 0, "s"), faults_N=faults_N)}, MADE_WITH)
+    part = replace(make_part(store, 0, "s"), faults_N=faults_N, subnormal=7)
+    receipt = store.put(0, "m", {"s": part}, MADE_WITH)
     assert receipt == files.read_json(store.path / "receipts" / "00000.m.json")
-    assert receipt["faults"] == {"s": {"clipped": 2, "masked": 1, "sink": 1}} == {"s": count_faults(faults_N)}
+    assert count_faults(faults_N) == {"clipped": 2, "masked": 1, "sink": 1}
+    assert receipt["faults"] == {"s": {**count_faults(faults_N), "subnormal_components": 7}}
     assert {key: receipt[key] for key in MADE_WITH} == MADE_WITH
     assert (receipt["id"], receipt["shard"], receipt["model"]) == (store.header.id, 0, "m")
 
