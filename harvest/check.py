@@ -22,7 +22,7 @@ from shared.errors import StoreDamagedError
 from shared.layout import SEALED, Unit
 from shared.log import Log, bar
 from shared.models import Tokenizer
-from shared.store import Store
+from shared.store import TEMPLATE, Store
 from shared.verify import Fault
 
 
@@ -120,36 +120,59 @@ def pairs(store: Store, sampled: np.ndarray, tokenizers: Mapping[str, Tokenizer]
     """Decode, of each sampled row, every model's tokens from the start of the segment to the row's own.
 
     All must give one text. (Where two tokenizers do not spell a whole segment alike, as where one knows no upper case,
-    and in a greedy alignment, letters alone are compared.) The offsets that made the pairs are not looked at.
+    and in a greedy alignment, letters alone are compared.) Where models read other texts around the same contents, as
+    in chats, that is asked of the text from the row before it in the same message to the row's own.
+    The offsets that made the pairs are not looked at.
     """
     faults = []
     texts = {name: Prefixes(store, name, tokenizer) for name, tokenizer in tokenizers.items()}
+    spec = store.header.spec
+    apart = bool(spec["chats"]) or any(model["replace"] for model in spec["models"].values())
     segment_N = np.searchsorted(store.column("segments/row"), sampled, "right") - 1
     for row, segment in zip(sampled.tolist(), segment_N.tolist(), strict=True):
         for one, two in pairwise(texts):
+            if apart:
+                steps = texts[one].step(row, segment), texts[two].step(row, segment)
+                if None not in steps and letters(str(steps[0])) != letters(str(steps[1])):
+                    faults.append(_unlike(one, two, row, str(steps[0]), str(steps[1])))
+                continue
             wholes = texts[one].whole(segment), texts[two].whole(segment)
             prefixes = texts[one].upto(row, segment), texts[two].upto(row, segment)
             if wholes[0] != wholes[1] or store.header.plan["alignment"] == "greedy":
                 prefixes = letters(prefixes[0]), letters(prefixes[1])
             if prefixes[0] != prefixes[1]:
-                ends = f"{one} ends {prefixes[0][-20:]!r}, {two} ends {prefixes[1][-20:]!r}"
-                faults.append(Fault(f"rows/{two}/token", f"pairs other text in row {row}: {ends}"))
+                faults.append(_unlike(one, two, row, *prefixes))
     return faults
 
 
+def _unlike(one: str, two: str, row: int, text: str, other: str) -> Fault:
+    ends = f"{one} ends {text[-20:]!r}, {two} ends {other[-20:]!r}"
+    return Fault(f"rows/{two}/token", f"pairs other text in row {row}: {ends}")
+
+
 class Prefixes:
-    """The text of a model's segments up to a row."""
+    """The text of a model's segments up to a row, or from the row before it."""
 
     def __init__(self, store: Store, model: str, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids_T, self.segment_G = store.column(f"tokens/{model}/id"), store.column(f"tokens/{model}/segment")
-        self.token_N = store.column(f"rows/{model}/token")
+        self.token_N, self.row_G = store.column(f"rows/{model}/token"), store.column("segments/row")
+        self.flags_N = store.column(f"rows/{model}/flags")
+        replaced = store.header.spec["models"][model]["replace"].values()
+        self.written = [tokenizer(token, add_special_tokens=False)["input_ids"][0] for token in replaced]
 
     def whole(self, segment: int) -> str:
         return self._decode(int(self.segment_G[segment]), int(self.segment_G[segment + 1]))
 
     def upto(self, row: int, segment: int) -> str:
         return self._decode(int(self.segment_G[segment]), int(self.token_N[row]) + 1)
+
+    def step(self, row: int, segment: int) -> str | None:
+        """Behind the row before it; none where that is in no one message with it, or the model reads other tokens."""
+        if row == self.row_G[segment] or self.flags_N[row] != self.flags_N[row - 1] or self.flags_N[row] & TEMPLATE:
+            return None
+        start, stop = int(self.token_N[row - 1]) + 1, int(self.token_N[row]) + 1
+        return None if np.isin(self.ids_T[start:stop], self.written).any() else self._decode(start, stop)
 
     def _decode(self, start: int, stop: int) -> str:
         ids = self.ids_T[start:stop].tolist()

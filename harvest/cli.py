@@ -3,8 +3,11 @@
 import json
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +17,10 @@ from harvest import bench, check, overview, work
 from harvest import inspect as view
 from harvest import plan as planning
 from harvest.config import HarvestConfig
+from harvest.estimate import estimate
 from harvest.job import prepare
 from shared import config, files, hooks, models
+from shared.device import torch_threads
 from shared.errors import ConfigError, Stopped, one_line
 from shared.layout import GROUP
 from shared.log import Log
@@ -75,27 +80,36 @@ def run(
 
 
 @app.command()
-def plan(config_file: ConfigFile, settings: Settings = None, store: StorePath = None, as_json: Json = False) -> None:
-    """What a harvest would store, before anything is spent: rows, tokens, alignment rates, bytes, free space.
+def plan(
+    config_file: ConfigFile, settings: Settings = None, store: StorePath = None, device: Device = None,
+    threads: Threads = None,
+    untimed: Annotated[bool, typer.Option("--no-time", help="Run no batch, and tell no time.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """What a harvest would store, before it is spent: rows, tokens, alignment rates, bytes, free space, time.
+
+    The plan is kept beside the store (NAME.zarr.plan), and harvest run takes it over. A planning that is stopped goes
+    on where it was.
 
     Example: harvest plan pair.toml --set rows.count=1000000
     """
-    asked = _config(config_file, settings, store, None, None)
-    with Log() as log:
+    asked = _config(config_file, settings, store, device, threads)
+    with Log() as log, _resumable(Path(asked.store.path)):
+        began = time.monotonic()
         job = prepare(asked, log)
-        made = job.make_plan(log)
-        for note in planning.notes(made.summary, asked):
+        prepared_s = time.monotonic() - began
+        made = work.look(job, log)
+        for note in planning.notes(made.header.plan, asked):
             log.event("plan", note)
-    header = job.header(made)
-    sizes = planning.stored_bytes(made.summary, made.tables, list(job.sources.values()))
-    result = {
-        "store": asked.store.path,
-        "id": header.id,
-        **made.summary,
-        "bytes": sizes,
-        "total_bytes": sum(sizes.values()),
-    }
-    result["free_bytes"] = files.free_bytes(Path(asked.store.path))
+        sizes = planning.stored_bytes(made.header.plan, list(job.sources.values()))
+        sizes["plan"] = files.size_of(made.path)
+        result = {"store": asked.store.path, "id": made.header.id, **made.header.plan, "bytes": sizes}
+        result |= {"total_bytes": sum(sizes.values()), "free_bytes": files.free_bytes(job.path)}
+        if not untimed:
+            found = bench.Bench(job.checkpoints, asked.device, asked.threads)
+            with torch_threads(asked.threads):
+                guess = estimate(made, job.path, found, log)
+            result |= {**asdict(guess), "seconds": prepared_s + guess.seconds}
     _print(result, as_json)
 
 
@@ -325,4 +339,8 @@ def _readable(key: str, value: Any) -> str:
         return f"{value / 1e6:,.1f} MB"
     if key.startswith("aligned"):
         return f"{100 * value:.1f} %"
+    if key == "seconds":
+        return str(timedelta(seconds=round(value)))
+    if key.endswith("_per_second"):
+        return f"{value / 1e6:,.0f} MB" if key.startswith("disk_bytes") else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,6 +1,8 @@
 """What a harvest is told. Every key can be given in the TOML file or by --set."""
 
+import datetime
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from shared.config import Config
 
 SHORT_NAME = r"[A-Za-z0-9_-]+"
+BUILT_IN = "python-docs"
+SUFFIXES = (".txt", ".jsonl", ".parquet")  # of text files
 
 
 class ModelConfig(Config):
@@ -20,6 +24,7 @@ class ModelConfig(Config):
     revision: str | None = None  # of a hub id
     dtype: str = "auto"  # while it runs: auto (the weights' own, float32 for float16), float32, bfloat16, float16
     attention: str | None = None  # attention implementation of transformers; none: its own choice
+    replace: dict[str, str] = Field({})  # {token: token that this model reads in its place}, all at once
 
     @field_validator("sites", mode="before")
     @classmethod
@@ -57,10 +62,23 @@ class CorpusConfig(Config):
 
     path: str = "python-docs"  # python-docs (built in), a .txt, .jsonl or .parquet file, a folder of such, or a dataset
     text: str = "text"  # the field that holds the text, in .jsonl, .parquet and datasets
-    id: str | None = None  # the field that holds a stable id; none: file name and number
+    messages: str | None = None  # the field that holds a chat: a list of {role, content}; instead of text
+    id: str | None = None  # the field that holds a stable id; the text's own: its sha256; none: file name and number
     name: str | None = None  # configuration of a dataset
     split: str = "train"  # split of a dataset
+    revision: str | None = None  # of a dataset
     documents: int | None = Field(None, ge=1)  # read at most so many
+    stream: bool = (
+        False  # read a dataset over the network while it is planned, so far as rows.count or documents needs it
+    )
+    repeats: Literal["refuse", "drop"] = "refuse"  # of two documents with one id; in a stream the first counts
+    weight: float = Field(1.0, gt=0)  # its share of the rows, where there are several (corpora)
+
+    @model_validator(mode="after")
+    def _streams(self) -> "CorpusConfig":
+        if self.stream and (self.path == BUILT_IN or Path(self.path).suffix in SUFFIXES):
+            raise ValueError("A file is read as it is: leave out stream")
+        return self
 
 
 class RowsConfig(Config):
@@ -72,8 +90,18 @@ class RowsConfig(Config):
         "auto"  # auto: identical, or offsets for several tokenizers
     )
     bos: Literal["model", "always", "never"] = "model"  # model: the special tokens that its tokenizer adds
+    skip: int = Field(0, ge=0)  # so many positions at the start of every segment give no row
     held_out: float = Field(0.1, ge=0.0, lt=1.0)  # share of documents that training never sees
     seed: int = Field(0, ge=0, lt=2**63)  # of the order of documents
+
+
+class ChatConfig(Config):
+    """How chats become text (corpus.messages)."""
+
+    template: str = (
+        "own"  # own: each model's; or the name of the model, or the Jinja file, whose template all models read
+    )
+    date: datetime.date = datetime.date(2024, 7, 26)  # what templates take for today
 
 
 class BatchConfig(Config):
@@ -98,20 +126,30 @@ class HarvestConfig(Config):
 
     models: dict[str, ModelConfig]
     corpus: CorpusConfig = CorpusConfig()
+    corpora: dict[str, CorpusConfig] = Field({})  # instead of corpus: several, mixed by their weights
     rows: RowsConfig = RowsConfig()
+    chat: ChatConfig = ChatConfig()
     batch: BatchConfig = BatchConfig()
     store: StoreConfig = StoreConfig()
     device: str = "auto"  # auto: cuda where there is one; no part of the store's id
     threads: int | None = Field(None, ge=1)  # of torch on the CPU; none: torch's own choice
+    processes: int | None = Field(None, ge=1)  # that plan a large corpus; none: one per core
 
     @model_validator(mode="after")
     def _names(self) -> "HarvestConfig":
         if not self.models:
             raise ValueError("Add a table [models.NAME] with path and sites")
         sources = [name for key, model in self.models.items() for name in model.source_names(key)]
-        for name in [*self.models, *sources]:
+        for name in [*self.models, *sources, *self.corpora]:
             if not re.fullmatch(SHORT_NAME, name):
                 raise ValueError(f"The name {name!r} may have letters, digits, _ and - only")
         if len(set(sources)) < len(sources):
             raise ValueError(f"Each source needs a name of its own, got {', '.join(sources)}")
+        if self.corpora and self.corpus != CorpusConfig():
+            raise ValueError("Give corpus or corpora, not both")
         return self
+
+    @property
+    def texts(self) -> dict[str, CorpusConfig]:
+        """{name: corpus}; a corpus on its own is named corpus."""
+        return self.corpora or {"corpus": self.corpus}

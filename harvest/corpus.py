@@ -6,57 +6,69 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from harvest.config import CorpusConfig
+from harvest.config import BUILT_IN, SUFFIXES, CorpusConfig
+from shared import files
+from shared.config import canonical
 from shared.errors import CorpusError
 
-BUILT_IN = "python-docs"
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+@dataclass(frozen=True)
+class Message:
+    """What one side says in a chat."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text. Its id is the same however often and wherever the corpus is read."""
+    """One text, or one chat, whose text is then canonical JSON of its messages.
+
+    Its id is the same however often and wherever the corpus is read. `part` is its corpus' number.
+    """
 
     id: str
     text: str
+    part: int = 0
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def characters(self) -> int:
+        return len(self.text)
+
+    @property
+    def empty(self) -> bool:
+        return not any(one.content.strip() for one in self.messages) if self.messages else not self.text.strip()
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What one record gives of a document."""
+
+    id: str | None
+    text: str
+    messages: tuple[Message, ...] = ()
+
+    def document(self, id: str) -> Document:
+        """`id` counts where the record has none."""
+        return Document(id if self.id is None else self.id, self.text, messages=self.messages)
 
 
 def read(config: CorpusConfig) -> Iterator[Document]:
     """The corpus in its own order, without empty documents. Raises CorpusError where it is missing or unreadable."""
-    documents = (document for document in _open(config) if document.text.strip())
+    documents = (document for document in _open(config) if not document.empty)
     yield from islice(documents, config.documents)
 
 
-def load(config: CorpusConfig) -> tuple[list[Document], str]:
-    """All documents and the corpus' fingerprint, sha256 over ids and texts. Raises CorpusError where there are none."""
-    documents = list(read(config))
-    if not documents:
-        raise CorpusError(
-            "no text in the corpus", config.path, f"Check the file and the field corpus.text={config.text}"
-        )
-    digest = hashlib.sha256()
-    seen: set[str] = set()
-    for document in documents:
-        if document.id in seen:
-            raise CorpusError(
-                "two documents share an id", document.id, "Set corpus.id to a field that tells them apart"
-            )
-        seen.add(document.id)
-        try:
-            digest.update(f"{len(document.id)}:{document.id}{len(document.text)}:{document.text}".encode())
-        except UnicodeEncodeError as error:
-            way_out = f"Replace the lone surrogates in its text or id ({error.reason})"
-            raise CorpusError("no valid Unicode in the corpus", f"document {document.id!r}", way_out) from None
-    return documents, digest.hexdigest()
-
-
 def _open(config: CorpusConfig) -> Iterator[Document]:
+    if config.stream:
+        return (document for document, _ in stream(config, None))
     if config.path == BUILT_IN:
         return python_docs()
     path = Path(config.path).expanduser()
@@ -69,29 +81,27 @@ def _open(config: CorpusConfig) -> Iterator[Document]:
         return _file(path, config, path.name)
     if not path.is_dir() and (path.suffix in SUFFIXES or config.path.startswith((".", "/", "~"))):
         raise CorpusError("no such corpus", config.path, "Check corpus.path")
-    return _dataset(path, config)
+    return _records(_dataset(path, config), config)
 
 
 def _file(path: Path, config: CorpusConfig, label: str) -> Iterator[Document]:
-    readers: dict[str, Callable[[Path, CorpusConfig], Iterator[tuple[str | None, str]]]] = {
+    readers: dict[str, Callable[[Path, CorpusConfig], Iterator[Fields]]] = {
         ".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet,
     }  # fmt: skip
     if path.suffix not in readers:
         raise CorpusError("unknown kind of corpus", path, f"Known: {BUILT_IN}, {', '.join(SUFFIXES)}, a dataset")
     try:
-        for number, (given, text) in enumerate(readers[path.suffix](path, config)):
-            yield Document(
-                given if given is not None else label if path.suffix == ".txt" else f"{label}:{number}", text
-            )
+        for number, one in enumerate(readers[path.suffix](path, config)):
+            yield one.document(label if path.suffix == ".txt" else f"{label}:{number}")
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError("cannot read the corpus", path, f"It must be readable UTF-8 ({_reason(error)})") from None
 
 
-def _txt(path: Path, config: CorpusConfig) -> Iterator[tuple[str | None, str]]:
-    yield None, path.read_text(encoding="utf-8")
+def _txt(path: Path, config: CorpusConfig) -> Iterator[Fields]:
+    yield Fields(None, path.read_text(encoding="utf-8"))
 
 
-def _jsonl(path: Path, config: CorpusConfig) -> Iterator[tuple[str | None, str]]:
+def _jsonl(path: Path, config: CorpusConfig) -> Iterator[Fields]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -103,7 +113,7 @@ def _jsonl(path: Path, config: CorpusConfig) -> Iterator[tuple[str | None, str]]
             yield _fields(record, config, f"{path}, line {number}")
 
 
-def _parquet(path: Path, config: CorpusConfig) -> Iterator[tuple[str | None, str]]:
+def _parquet(path: Path, config: CorpusConfig) -> Iterator[Fields]:
     import pyarrow
     import pyarrow.parquet
 
@@ -117,21 +127,67 @@ def _parquet(path: Path, config: CorpusConfig) -> Iterator[tuple[str | None, str
         raise CorpusError("cannot read the corpus", path, way_out) from None
 
 
-def _dataset(path: Path, config: CorpusConfig) -> Iterator[Document]:
+def _dataset(path: Path, config: CorpusConfig) -> Iterable[Any]:
     import datasets
 
     try:
-        if path.is_dir():
+        if path.is_dir() and not config.stream:
             loaded = datasets.load_from_disk(str(path))
-            records = loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            records = datasets.load_dataset(config.path, config.name, split=config.split)
+            return loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        options = {"split": config.split, "revision": config.revision, "streaming": config.stream}
+        return datasets.load_dataset(config.path, config.name, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         way_out = f"Check corpus.path ({_reason(error)})"
         raise CorpusError("no such corpus here or on the hub", config.path, way_out) from None
-    for number, record in enumerate(records):
-        given, text = _fields(record, config, config.path)
-        yield Document(given if given is not None else f"{config.split}:{number}", text)
+
+
+def _records(records: Iterable[Any], config: CorpusConfig, start: int = 0) -> Iterator[Document]:
+    for number, record in enumerate(records, start):
+        yield _fields(record, config, config.path).document(f"{config.split}:{number}")
+
+
+def revision(config: CorpusConfig) -> str:
+    """What tells the text of a stream apart without reading it: the files' checksums, or the dataset's commit.
+
+    Raises CorpusError where there is no such dataset, or no network to ask for its commit.
+    """
+    path = Path(config.path)
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file())
+        mark = [f"{file.relative_to(path)}:{files.sha256_file(file)}" for file in found]
+    else:
+        import huggingface_hub
+
+        try:
+            sha = huggingface_hub.HfApi().dataset_info(config.path, revision=config.revision).sha
+        except (OSError, ValueError) as error:
+            way_out = f"Check corpus.path, corpus.revision and the network ({_reason(error)})"
+            raise CorpusError("cannot ask for the stream's commit", config.path, way_out) from None
+        mark = [config.path, str(config.name), str(sha)]
+    fields = [config.split, config.text, str(config.id), str(config.documents)]
+    return hashlib.sha256("\n".join(["stream", *mark, *fields]).encode()).hexdigest()
+
+
+def stream(config: CorpusConfig, place: Any) -> Iterator[tuple[Document, Any]]:
+    """A dataset as it comes over the network, each document with the place behind it, where a later call goes on.
+
+    Raises CorpusError where the connection is lost.
+    """
+    records = _dataset(Path(config.path), config)
+    number = 0
+    if place is not None:
+        number = place["number"]
+        records.load_state_dict(place["state"])  # type: ignore[attr-defined]
+    try:
+        for document in _records(records, config, number):
+            number += 1
+            yield document, {"number": number, "state": records.state_dict()}  # type: ignore[attr-defined]
+    except (OSError, RuntimeError) as error:
+        raise CorpusError(
+            "the stream broke off",
+            f"{config.path} at document {number:,}",
+            f"Run it again: it goes on there ({_reason(error)})",
+        ) from None
 
 
 def _reason(error: Exception) -> str:
@@ -143,18 +199,36 @@ def _is_dataset(path: Path) -> bool:
     return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
 
 
-def _fields(record: Any, config: CorpusConfig, where: str) -> tuple[str | None, str]:
-    """(id, text) of one record. Raises CorpusError, naming the record's fields, where one is missing."""
-    for name in [config.text, *([config.id] if config.id else [])]:
+def _fields(record: Any, config: CorpusConfig, where: str) -> Fields:
+    """What a document needs of one record. Raises CorpusError, naming the record's fields, where one is missing."""
+    field = config.messages or config.text
+    for name in dict.fromkeys([field, *([config.id] if config.id else [])]):
         if not isinstance(record, dict) or record.get(name) is None:
             known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise CorpusError(f"no field {name!r} in {where}", known, "Set corpus.text (and corpus.id) to its fields")
-    if not isinstance(record[config.text], str):
-        kind = type(record[config.text]).__name__
-        raise CorpusError(
-            f"the field {config.text!r} in {where} is no text", kind, "Set corpus.text to a field of text"
-        )
-    return (str(record[config.id]) if config.id else None), record[config.text]
+            way_out = f"Set corpus.{'messages' if config.messages else 'text'} (and corpus.id) to its fields"
+            raise CorpusError(f"no field {name!r} in {where}", known, way_out)
+    messages = _messages(record[field], field, where) if config.messages else ()
+    text = record[field]
+    if config.messages:
+        text = canonical([[one.role, one.content] for one in messages]) if messages else ""
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise CorpusError(f"the field {field!r} in {where} is no text", kind, "Set corpus.text to a field of text")
+    if config.id == field:
+        return Fields(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), text, messages)
+    return Fields(str(record[config.id]) if config.id else None, text, messages)
+
+
+def _messages(listed: Any, field: str, where: str) -> tuple[Message, ...]:
+    """Raises CorpusError where these are no messages of text. Empty ones are left in: templates show them."""
+    found = []
+    for one in listed if isinstance(listed, list) else [listed]:
+        role, content = (one.get("role"), one.get("content")) if isinstance(one, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            way_out = "A chat is a list of {role, content}, both of them text"
+            raise CorpusError(f"no messages in the field {field!r} in {where}", repr(one)[:80], way_out)
+        found.append(Message(role, content))
+    return tuple(found)
 
 
 def python_docs() -> Iterator[Document]:

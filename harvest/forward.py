@@ -55,7 +55,10 @@ class Batches:
         """`count` batches, evenly over the plan (all, where it has fewer)."""
         total = len(self.ends)
         for number in np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)):
-            yield self.batch(int(np.searchsorted(self.shard, number, "right")) - 1, int(number))
+            yield self.numbered(int(number))
+
+    def numbered(self, number: int) -> Batch:
+        return self.batch(int(np.searchsorted(self.shard, number, "right")) - 1, number)
 
     def batch(self, shard: int, number: int) -> Batch:
         start = self.ends[number - 1] if number else 0

@@ -1,20 +1,21 @@
 """What a harvest will do, known before anything is planned or spent: models found, corpus read, id computed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from harvest import corpus, plan
+from harvest import plan
 from harvest.config import HarvestConfig
-from harvest.segments import Speller
+from harvest.draft import Drafter, drafter
+from harvest.survey import Survey, survey
 from shared import config as configs
 from shared import hooks, models
 from shared.device import device_of
 from shared.errors import ModelError
-from shared.log import Log, bar
+from shared.log import Log
 from shared.source import Model, Source
 from shared.store import Header
 
@@ -27,10 +28,10 @@ class Job:
 
     config: HarvestConfig
     checkpoints: dict[str, models.Checkpoint]
-    spellers: dict[str, Speller]
     models: dict[str, Model]
     sources: dict[str, Source]
-    documents: list[corpus.Document]
+    drafter: Drafter
+    survey: Survey
     spec: dict[str, Any]
     align: str
 
@@ -38,25 +39,12 @@ class Job:
     def path(self) -> Path:
         return Path(self.config.store.path)
 
-    def make_plan(self, log: Log) -> plan.Plan:
-        with bar("planning", "documents", len(self.documents), quiet=log.quiet) as progress:
-
-            def counted() -> Iterator[corpus.Document]:
-                for document in plan.shuffled(self.documents, self.config.rows.seed):
-                    yield document
-                    progress.update()
-
-            limits = dict.fromkeys(self.models, self.config.rows.context)
-            made = plan.build(counted(), self.spellers, list(self.sources.values()), limits, self.config, self.align)
-            progress.total = progress.n  # the rest of the corpus was not needed
-            return made
-
     def header(self, made: plan.Plan) -> Header:
         return Header(self.spec, self.models, self.sources, made.summary)
 
 
 def prepare(config: HarvestConfig, log: Log) -> Job:
-    """Find the models, check sites and context, read the corpus, and compute the store's spec."""
+    """Find the models, check sites and context, survey the corpora, and compute the store's spec."""
 
     def say(text: str) -> None:
         log.event("prepare", text)
@@ -83,10 +71,10 @@ def prepare(config: HarvestConfig, log: Log) -> Job:
     align = _alignment(config, found_models)
     if align == "offsets":
         _require_fast(tokenizers)
-    spellers = {name: Speller(tokenizer, config.rows.bos, name) for name, tokenizer in tokenizers.items()}
-    documents, text = corpus.load(config.corpus)
-    spec = _spec(config, found_models, sources, text, align)
-    return Job(config, checkpoints, spellers, found_models, sources, documents, spec, align)
+    drafts = drafter(config, tokenizers, align)
+    surveyed = survey(config.texts, config.rows.seed)
+    spec = _spec(config, found_models, sources, surveyed.identity, drafts)
+    return Job(config, checkpoints, found_models, sources, drafts, surveyed, spec, align)
 
 
 def _expanded(config: HarvestConfig, skeletons: Mapping[str, nn.Module]) -> HarvestConfig:
@@ -100,15 +88,16 @@ def _expanded(config: HarvestConfig, skeletons: Mapping[str, nn.Module]) -> Harv
 
 
 def _spec(
-    config: HarvestConfig, found: Mapping[str, Model], sources: Mapping[str, Source], text: str, align: str
+    config: HarvestConfig, found: Mapping[str, Model], sources: Mapping[str, Source], text: Any, drafts: Drafter
 ) -> dict[str, Any]:
     """Everything that decides a value, and nothing else."""
     return {
         "format": 1,
-        "models": {name: model.identity() for name, model in found.items()},
+        "models": {name: {**model.identity(), "replace": config.models[name].replace} for name, model in found.items()},
         "sources": {name: {"model": source.model, "site": source.site} for name, source in sources.items()},
         "corpus": text,
-        "rows": {**config.rows.model_dump(), "align": align},
+        "chats": {name: template.identity for name, template in drafts.chats.items()},
+        "rows": {**config.rows.model_dump(), "align": drafts.align},
         "batch": config.batch.model_dump(),
         "store": config.store.model_dump(exclude={"path"}),
         "scale": SCALE_RULE,

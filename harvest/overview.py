@@ -89,7 +89,7 @@ def ls(folder: Path, runs: Path) -> list[dict[str, Any]]:
         found.append(
             {
                 "store": str(path), "id": store.header.id, "state": state(store), "rows": store.rows,
-                "bytes": _size(path), "sources": sources, "runs": used.get(store.header.id, []),
+                "bytes": files.size_of(path), "sources": sources, "runs": used.get(store.header.id, []),
             }
         )  # fmt: skip
     if not found:
@@ -106,10 +106,6 @@ def _below(folder: Path, name: str) -> Iterator[Path]:
             yield Path(place)
         elif layout.GROUP in names:
             folders.clear()
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def lines(stores: Sequence[Mapping[str, Any]]) -> list[str]:

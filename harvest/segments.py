@@ -5,7 +5,7 @@ Letters: T tokens of a document in one model, M models, J places at which the to
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -28,6 +28,7 @@ class Tokens:
     ends_T: np.ndarray
     pieces: Sequence[bytes]
     spelled: bool = True
+    marks_T: np.ndarray | None = None  # of a chat: flags of role and template (shared.store)
 
 
 class Speller:
@@ -37,8 +38,9 @@ class Speller:
     the tokens of a split character share one end there.
     """
 
-    def __init__(self, tokenizer: Tokenizer, bos: str, name: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, bos: str, name: str, replaced: Mapping[str, str] | None = None) -> None:
         self.tokenizer, self.name = tokenizer, name
+        self._replaced = [(self._known(one), self._known(other)) for one, other in (replaced or {}).items()]
         self.prefix, self.suffix = _around(tokenizer, bos, name)
         self.special = np.array(sorted(tokenizer.all_special_ids), np.int64)
         self.added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
@@ -70,6 +72,20 @@ class Speller:
         if ends_T is None:
             return Tokens(ids_T.astype(np.int32), np.full(len(ids_T), -1, np.int32), pieces, spelled=False)
         return Tokens(ids_T.astype(np.int32), np.where(special_T, -1, ends_T).astype(np.int32), pieces)
+
+    def read(self, ids_T: np.ndarray) -> np.ndarray:
+        """The ids that the model reads: all replacements at once, so that none is replaced again."""
+        read_T = ids_T.copy()
+        for index, other in self._replaced:
+            read_T[ids_T == index] = other
+        return read_T
+
+    def _known(self, token: str) -> int:
+        ids: list[int] = self.tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            way_out = f"It reads it as {len(ids)} tokens; a token is replaced by one token (models.{self.name}.replace)"
+            raise ModelError(f"the tokenizer of {self.name} has no such token", repr(token), way_out)
+        return ids[0]
 
     def _piece(self, index: int) -> bytes:
         if index not in self._pieces:

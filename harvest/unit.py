@@ -40,6 +40,12 @@ class UnitMaker:
             tick(len(batch.row_N))
         return {source: one.part() for source, one in made.items()}
 
+    def rehearse(self, batch: Batch) -> None:
+        """One batch as `make` takes it, and nothing kept."""
+        first = int(batch.row_N.min())
+        for source, x_ND in self.run(batch).items():
+            self._take(source, x_ND, batch, _Made(self.store, source, int(batch.row_N.max()) + 1 - first), first)
+
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """{source: x_ND}, not cast."""
         return rows(self.captured, batch, self.sites, self.device)

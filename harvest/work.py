@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harvest import lock, plan
+from harvest import lock, plan, planner
 from harvest.bench import Bench
 from harvest.job import Job
 from harvest.worker import Scale, Worker
@@ -133,22 +133,32 @@ def _stored(job: Job) -> Store:
     return Store.resume(job.path, Header(job.spec, job.models, job.sources, {}))
 
 
+def look(job: Job, log: Log) -> Store:
+    """The store of this job as it stands, or its plan, which `run` will take over. No model is run."""
+    if job.path.exists():
+        return _stored(job)
+    with lock.hold(job.path, _told(log)):
+        return planner.planned(job, log)
+
+
 def open_store(job: Job, log: Log) -> Store:
     """The store of this job: as it stands, or newly planned. The disk is checked before anything is written."""
     if job.path.exists():
         if not (job.path / GROUP).exists():
             raise StoreError("this path is in use and is no store", job.path, "Give another path (store.path)")
         store = _stored(job)
-        whole = sum(plan.stored_bytes(store.header.plan, {}, list(job.sources.values())).values())
+        planner.sweep(job.path)
+        whole = sum(plan.stored_bytes(store.header.plan, list(job.sources.values())).values())
         files.require_space(job.path, whole * len(store.missing()) // len(store.units))
         return store
-    made = job.make_plan(log)
-    sizes = plan.stored_bytes(made.summary, made.tables, list(job.sources.values()))
-    files.require_space(job.path, sum(sizes.values()))
-    log.event("plan", f"planned {made.summary['rows']:,} rows, {sum(sizes.values()) / 1e6:,.0f} MB", **made.summary)
-    for note in plan.notes(made.summary, job.config):
+    made = planner.planned(job, log)
+    sources = list(job.sources.values())
+    needed = sum(plan.stored_bytes(made.header.plan, sources).values())
+    files.require_space(job.path, needed)
+    log.event("plan", f"planned {made.rows:,} rows, {needed / 1e6:,.0f} MB", **made.header.plan)
+    for note in plan.notes(made.header.plan, job.config):
         log.event("plan", note)
-    return Store.create(job.path, job.header(made), made.tables)
+    return planner.place(made, job.path)
 
 
 def _report(receipt: Receipt, log: Log) -> None:

@@ -99,6 +99,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def require_space(path: Path, needed: int) -> None:
     """Raise SpaceError where fewer than `needed` bytes are free for `path`."""
     free = free_bytes(path)

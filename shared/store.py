@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 FIRST, BOS, SPECIAL = 1, 2, 4  # bits of rows/<model>/flags
+ROLES = (
+    "system",
+    "user",
+    "assistant",
+    "tool",
+    "other",
+)  # of the message that a row's token ends in: bits 3 to 5, from 1
+TEMPLATE = 64  # the row's token ends in a chat, outside the content of every message
 CLIPPED, MASKED, SINK = 1, 2, 4  # bits of faults/<source>
 TRAIN, HELD_OUT = 0, 1  # documents/split
 
@@ -361,6 +369,11 @@ class Store:
         files.write_atomic(self.path / name, parts)
         checks = {"crc32c": crc32c(parts), "chunks": [crc32c([chunk]) for chunk in chunks]}
         return {name: {"size": sum(map(len, parts)), **checks}}
+
+
+def role_flag(role: str) -> int:
+    """The bits of rows/<model>/flags for a row of a message of this role."""
+    return (1 + ROLES.index(role if role in ROLES else "other")) << 3
 
 
 def count_faults(faults_N: np.ndarray) -> dict[str, int]:

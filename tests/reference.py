@@ -5,6 +5,7 @@ itself uses, and what stands behind a config key is the comment behind its field
 """
 
 import ast
+import datetime
 import inspect
 import io
 import json
@@ -35,6 +36,7 @@ CONFIGS: dict[str, type[Config]] = {"harvest": HarvestConfig, "train": TrainConf
 
 WORDS: dict[Any, str] = {
     str: "text", int: "integer", float: "number", bool: "true or false", Path: "path", types.NoneType: "none",
+    datetime.date: "date",
 }  # fmt: skip
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 

@@ -247,7 +247,8 @@ def test_a_command_line_that_is_wrong_is_noticed(line: str, problem: str | None)
 
 
 def _checked(tables: Mapping[str, Any]) -> Config:
-    return parse(reference.CONFIGS["harvest" if "models" in tables else "train"], tables)
+    stage = "harvest" if {"models", "corpus", "corpora"} & tables.keys() else "train"
+    return parse(reference.CONFIGS[stage], tables)
 
 
 @pytest.mark.parametrize("file", TOMLS, ids=name_of)

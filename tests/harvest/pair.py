@@ -31,7 +31,7 @@ def config(home: Path, path: Path, **tables: Any) -> HarvestConfig:
         "threads": 1,
     }
     for name, table in tables.items():
-        data[name] = {**data[name], **table} if isinstance(table, dict) and name != "models" else table
+        data[name] = {**data.get(name, {}), **table} if isinstance(table, dict) and name != "models" else table
     return HarvestConfig.model_validate(data)
 
 

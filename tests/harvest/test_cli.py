@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -99,9 +100,10 @@ def test_a_finished_store_is_left_alone_and_described_again(harvest: Harvest, ho
     assert tree(pair.path) == before
 
 
-def test_plan_tells_what_would_be_stored_and_writes_nothing(harvest: Harvest, home: Path, tmp_path: Path) -> None:
+def test_plan_tells_what_would_be_stored_and_how_long_it_takes_and_keeps_the_plan_beside_it(
+    harvest: Harvest, home: Path, tmp_path: Path
+) -> None:
     file = write_config(home, tmp_path)
-    before = tree(tmp_path)
     done = harvest("plan", file, "--json", "--set", "rows.count=50", "--store", tmp_path / "other.zarr")
     assert done.code == 0
     plan = done.json
@@ -110,11 +112,16 @@ def test_plan_tells_what_would_be_stored_and_writes_nothing(harvest: Harvest, ho
     assert plan["total_bytes"] == sum(plan["bytes"].values())
     assert plan["free_bytes"] > 0
     assert 0 < plan["aligned_tokens"]["llama"] <= 1
+    assert plan["seconds"] > 0 and set(plan["tokens_per_second"]) == {"llama", "gemma"}
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, "other.zarr.plan"}
     text = harvest("plan", file).out
     assert "rows  120\n" in text
     assert " %" in text
     assert " MB" in text
-    assert tree(tmp_path) == before
+    assert re.search(r"^ +seconds +0:\d\d:\d\d$", text, re.MULTILINE)
+    assert re.search(r"tokens per second +llama [\d,]+, gemma [\d,]+$", text, re.MULTILINE)
+    quick = harvest("plan", file, "--no-time").out
+    assert "seconds" not in quick and "rows  120\n" in quick
 
 
 def test_the_plan_is_what_the_run_stores(harvest: Harvest, home: Path, pair: Store) -> None:
@@ -392,8 +399,9 @@ def test_an_interrupt_ends_with_its_own_code(
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(cli, "prepare", interrupted)
-    done = harvest("plan", write_config(home, tmp_path))
-    assert (done.code, done.err) == (130, "interrupted\n")
+    file = write_config(home, tmp_path)
+    done = harvest("plan", file)
+    assert (done.code, done.err) == (130, f"to go on: harvest plan {file}\ninterrupted\n")
 
 
 # --- trust ----------------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -18,6 +20,7 @@ import pytest
 from harvest import corpus
 from harvest.config import CorpusConfig
 from harvest.corpus import Document
+from harvest.survey import survey
 from shared.errors import CorpusError
 
 TEXTS = ["one text", "two\n\nlines — ünïcode 日本 😀", "three"]
@@ -29,7 +32,7 @@ def read(path: Path, **settings: Any) -> list[Document]:
 
 def refused(path: Path | str, **settings: Any) -> str:
     with pytest.raises(CorpusError) as caught:
-        corpus.load(CorpusConfig(path=str(path), **settings))
+        survey({"corpus": CorpusConfig(path=str(path), **settings)}, 0)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
     return str(caught.value)
@@ -181,29 +184,82 @@ def test_a_field_for_ids_that_is_missing_is_refused(tmp_path: Path) -> None:
     assert refused(path, id="key").startswith(f"no field 'key' in {path}, line 1: text. ")
 
 
-def test_two_documents_with_one_id_are_refused(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "key": 1}, {"text": "y", "key": "1"}])
-    assert refused(path, id="key").startswith("two documents share an id: 1. ")
+# --- streams --------------------------------------------------------------------------------------------------------
 
 
-# --- the fingerprint ------------------------------------------------------------------------------------------------
+def make_stream(folder: Path, documents: int = 12) -> CorpusConfig:
+    """A dataset of three files, as one on the hub would be."""
+    folder.mkdir()
+    for file in range(3):
+        numbers = range(file * documents // 3, (file + 1) * documents // 3)
+        write_jsonl(
+            folder / f"{file}.jsonl", [{"text": f"document {number}", "key": f"k{number}"} for number in numbers]
+        )
+    return CorpusConfig(path=str(folder), stream=True)
 
 
-def test_the_fingerprint_is_that_of_ids_and_texts_wherever_they_lie(tmp_path: Path) -> None:
-    def mark(name: str, records: list[dict[str, str]], **settings: str) -> str:
-        (tmp_path / name).mkdir(exist_ok=True)
-        path = write_jsonl(tmp_path / name / "a.jsonl", records)
-        return corpus.load(CorpusConfig(path=str(path), **settings))[1]
+def test_a_stream_goes_on_behind_any_of_its_documents(tmp_path: Path) -> None:
+    config = make_stream(tmp_path / "web")
+    whole = [(document, json.loads(json.dumps(place))) for document, place in corpus.stream(config, None)]
+    documents = [document for document, _ in whole]
+    assert documents == [Document(f"train:{number}", f"document {number}") for number in range(12)]
+    for number, (_, place) in enumerate(whole, 1):
+        assert [document for document, _ in corpus.stream(config, place)] == documents[number:]
+    assert [document.id for document in read(tmp_path / "web", stream=True, id="key", documents=2)] == ["k0", "k1"]
 
-    first = mark("x", [{"text": "a"}, {"text": "b"}])
-    assert mark("y", [{"text": "a", "more": "z"}, {"text": "b"}]) == first
-    others = [
-        mark("x", [{"text": "b"}, {"text": "a"}]),
-        mark("x", [{"text": "a"}, {"text": "b"}, {"text": "c"}]),
-        mark("x", [{"text": "ab"}, {"text": "b"}]),
-        mark("x", [{"text": "a", "key": "k"}, {"text": "b", "key": "l"}], id="key"),
-    ]
-    assert len({first, *others}) == 5
+
+def test_the_identity_of_a_stream_is_that_of_its_files_and_fields(tmp_path: Path) -> None:
+    config = make_stream(tmp_path / "web")
+    first = corpus.revision(config)
+    assert corpus.revision(config.model_copy(update={"id": "key"})) != first
+    assert corpus.revision(make_stream(tmp_path / "same").model_copy()) == first
+    write_jsonl(tmp_path / "web" / "1.jsonl", [{"text": "another"}])
+    assert corpus.revision(config) != first
+
+
+def test_the_identity_of_a_stream_from_the_hub_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = {None: "aaa", "v2": "bbb"}
+
+    class Api:
+        def dataset_info(self, path: str, revision: str | None) -> SimpleNamespace:
+            assert path == "org/web"
+            return SimpleNamespace(sha=commits[revision])
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    marks = [corpus.revision(CorpusConfig(path="org/web", stream=True, revision=name)) for name in (None, "v2")]
+    assert marks[0] != marks[1]
+    commits["v2"] = "aaa"
+    assert corpus.revision(CorpusConfig(path="org/web", stream=True, revision="v2")) == marks[0]
+
+
+def test_a_stream_that_cannot_be_asked_for_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(self: Any, path: str, revision: str | None) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
+    assert refused("org/web", stream=True).startswith("cannot ask for the stream's commit: org/web. Check corpus.path")
+
+
+def test_a_stream_that_breaks_off_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_stream(tmp_path / "web")
+
+    class Broken:
+        def __init__(self, records: Any) -> None:
+            self.records, self.state_dict = records, records.state_dict
+
+        def __iter__(self) -> Iterator[Any]:
+            yield from islice(self.records, 5)
+            raise ConnectionError("connection reset")
+
+    opened = corpus._dataset
+    monkeypatch.setattr(corpus, "_dataset", lambda path, config: Broken(opened(path, config)))
+    with pytest.raises(CorpusError, match=r"the stream broke off: .*web at document 5. Run it again: it goes on there"):
+        list(corpus.stream(config, None))
+
+
+def test_a_file_is_no_stream() -> None:
+    with pytest.raises(ValueError, match="A file is read as it is: leave out stream"):
+        CorpusConfig(path="a.jsonl", stream=True)
 
 
 # --- the built-in text ----------------------------------------------------------------------------------------------
@@ -214,7 +270,8 @@ before = set(sys.modules)
 from harvest import corpus
 from harvest.config import CorpusConfig
 loaded = set(sys.modules)
-documents, mark = corpus.load(CorpusConfig())
+documents = list(corpus.read(CorpusConfig()))
+mark = hashlib.sha256(repr(documents).encode()).hexdigest()
 print(json.dumps({"mark": mark, "ids": [d.id for d in documents], "loaded": sorted(set(sys.modules) - loaded),
                   "characters": sum(len(d.text) for d in documents)}))
 """

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from harvest import plan
 from harvest.config import HarvestConfig
 from harvest.corpus import Document
+from harvest.draft import Drafter, key_of, piece
 from harvest.plan import Plan
 from harvest.segments import Speller
 from shared.errors import AlignmentError
@@ -55,7 +56,23 @@ def build(
 ) -> Plan:  # fmt: skip
     chosen = {name: spellers[name] for name in names}
     sources = [SOURCES.get(name, Source(name, name, "resid.1", 8)) for name in names]
-    return plan.build(documents, chosen, sources, dict.fromkeys(names, limit), config(**tables), align)
+    return assembled([documents], chosen, sources, limit, config(**tables), align)
+
+
+def assembled(
+    groups: Sequence[Sequence[Document]], spellers: Spellers, sources: Sequence[Source], limit: int,
+    settings: HarvestConfig, align: str, shuffle: bool = False,
+) -> Plan:  # fmt: skip
+    """A plan of these documents, a piece of each group, in the order in which they are given unless shuffled."""
+    drafter = Drafter(spellers, dict.fromkeys(spellers, limit), settings.rows, align)
+    pieces, number = [], 0
+    for group in groups:
+        drafts = [drafter.draft(document, place) for place, document in enumerate(group, number)]
+        pieces.append(piece(drafts, list(spellers), settings.rows.seed))
+        if not shuffle:
+            pieces[-1]["key"] = np.array([f"{draft.number:032d}" for draft in drafts], "S32")
+        number += len(group)
+    return plan.build(pieces, list(spellers), sources, settings, align)
 
 
 def of_segment(tables: Tables, model: str, segment: int) -> np.ndarray:
@@ -246,7 +263,8 @@ def test_documents_that_give_no_row_are_counted_and_are_not_in_the_store(speller
     made = build(spellers, documents=[*documents[:2], Document("e", "<s>"), documents[3]])
     assert made.tables["documents/id"].tobytes() == b"ad"
     assert made.summary["skipped"] == {
-        "documents_not_spelled": 1, "documents_without_rows": 1, "tokens_out_of_reach": 0,
+        "documents_not_rendered": 0, "documents_not_spelled": 1, "documents_without_rows": 1,
+        "documents_repeated": 0, "tokens_out_of_reach": 0,
     }  # fmt: skip
     assert made.summary["documents"] == 2
     assert made.summary["aligned_documents"] == 0.5
@@ -303,16 +321,6 @@ def test_a_document_that_ends_the_count_counts_the_tokens_that_were_looked_at(sp
     assert made.summary["read"] == {"bytes": 24}  # three segments of eight
 
 
-def test_a_document_is_training_or_held_out_by_its_id_and_the_seed_alone(spellers: Spellers) -> None:
-    ids = [f"document {number}" for number in range(2000)]
-    chosen = [plan._is_held_out(name, config(rows={"held_out": 0.1})) for name in ids]
-    assert 150 < sum(chosen) < 250
-    assert not any(plan._is_held_out(name, config(rows={"held_out": 0.0})) for name in ids)
-    more = [plan._is_held_out(name, config(rows={"held_out": 0.3})) for name in ids]
-    assert all(later for first, later in zip(chosen, more, strict=True) if first)
-    assert chosen != [plan._is_held_out(name, config(rows={"held_out": 0.1, "seed": 1})) for name in ids]
-
-
 def test_the_split_of_a_document_depends_on_no_other_document_and_no_model(spellers: Spellers) -> None:
     def split(names: Sequence[str], documents: Sequence[Document], align: str) -> dict[str, int]:
         tables = build(spellers, names, documents, align, rows={"held_out": 0.5}).tables
@@ -327,24 +335,119 @@ def test_the_split_of_a_document_depends_on_no_other_document_and_no_model(spell
     assert split(PAIR, DOCUMENTS[2:5], "offsets") == {name: whole[name] for name in ("d2", "d3", "d4")}
 
 
-def test_the_order_of_documents_is_that_of_the_seed_whatever_order_they_come_in() -> None:
-    many = [Document(f"{number}", "x") for number in range(50)]
-    first = plan.shuffled(many, seed=0)
-    assert plan.shuffled(many[::-1], seed=0) == first != many
-    assert sorted(first, key=lambda document: int(document.id)) == many
-    assert plan.shuffled(many, seed=1) != first
-    kept = {document.id for document in many[:20]}  # fewer documents keep their order
-    assert plan.shuffled(many[:20], seed=0) == [document for document in first if document.id in kept]
+def text_of(tables: Tables) -> dict[str, bytes]:
+    return {name: values.tobytes() for name, values in tables.items()}
 
 
-def test_the_same_seed_gives_the_same_tables_and_another_seed_another_order(spellers: Spellers) -> None:
-    def tables(seed: int) -> dict[str, bytes]:
-        made = build(spellers, documents=plan.shuffled(DOCUMENTS, seed), rows={"seed": seed})
-        return {name: values.tobytes() for name, values in made.tables.items()}
+def ids_of(tables: Tables) -> list[str]:
+    text = tables["documents/id"].tobytes().decode()
+    return [text[start:stop] for start, stop in pairwise([0, *tables["documents/id_end"].tolist()])]
 
-    assert tables(0) == tables(0)
-    assert tables(1)["documents/id"] != tables(0)["documents/id"]
-    assert sorted(tables(1)["documents/id"]) == sorted(tables(0)["documents/id"])
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_the_seed_orders_documents_whatever_order_and_pieces_they_come_in(
+    spellers: Spellers, data: st.DataObject
+) -> None:
+    seed, count = data.draw(st.integers(0, 3)), data.draw(st.none() | st.integers(1, 400))
+    asked = config(rows={"seed": seed, "count": count})
+    chosen = {name: spellers[name] for name in PAIR}
+    sources = [SOURCES[name] for name in PAIR]
+    wanted = assembled([DOCUMENTS], chosen, sources, 16, asked, "offsets", shuffle=True)
+    ordered = sorted((document.id for document in DOCUMENTS), key=lambda name: key_of(name, seed))
+    assert ids_of(wanted.tables) == ordered[: wanted.summary["documents"]]
+    mixed = data.draw(st.permutations(DOCUMENTS))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(mixed)), max_size=4)))
+    groups = [mixed[start:stop] for start, stop in pairwise([0, *cuts, len(mixed)])]
+    made = assembled(groups, chosen, sources, 16, asked, "offsets", shuffle=True)
+    assert text_of(made.tables) == text_of(wanted.tables)
+    assert made.summary == wanted.summary
+
+
+def test_of_documents_with_one_id_the_first_is_planned_and_the_others_are_counted(spellers: Spellers) -> None:
+    twice = [Document("a", "one"), Document("b", "two"), Document("a", "three")]
+    settings_ = config()
+    made = assembled(
+        [twice[:2], twice[2:]], {"bytes": spellers["bytes"]}, [SOURCES["bytes"]], 32, settings_, "identical", True
+    )
+    assert made.summary["skipped"]["documents_repeated"] == 1
+    texts = {spellers["bytes"].tokenizer.decode(of_segment(made.tables, "bytes", g).tolist()) for g in range(2)}
+    assert texts == {"one", "two"} and sorted(ids_of(made.tables)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("align", ["offsets", "identical"])
+def test_the_first_positions_of_every_segment_can_be_left_out(spellers: Spellers, align: str) -> None:
+    names = PAIR if align == "offsets" else ("words",)
+    whole = build(spellers, names, align=align, limit=12)
+    for skip in (1, 3, 11):
+        made = build(spellers, names, align=align, limit=12, rows={"skip": skip})
+        keep_N = np.logical_and.reduce([whole.tables[f"rows/{name}/position"] >= skip for name in names])
+        for name in names:
+            assert np.array_equal(made.tables[f"rows/{name}/position"], whole.tables[f"rows/{name}/position"][keep_N])
+            ids = [one.tables[f"tokens/{name}/id"][one.tables[f"rows/{name}/token"]] for one in (made, whole)]
+            assert np.array_equal(ids[0], ids[1][keep_N])
+        assert (np.diff(made.tables["segments/row"]) > 0).all()  # a segment without rows is not run
+
+
+# --- several corpora ------------------------------------------------------------------------------------------------
+
+
+def mixture(spellers: Spellers, count: int | None, **weights: float) -> Plan:
+    corpora = {name: {"weight": weight} for name, weight in weights.items()}
+    words = ["a", "quick", "brown", "fox", "jumps", "over", "it", "and", "then", "over", "another", "one"]
+    documents = [
+        Document(f"{name}/{number}", " ".join(words[: 3 + (7 * number + part) % 9]), part)
+        for part, name in enumerate(weights)
+        for number in range(60)
+    ]
+    asked = config(corpora=corpora, rows={"count": count})
+    return assembled([documents], {"bytes": spellers["bytes"]}, [SOURCES["bytes"]], 32, asked, "identical", True)
+
+
+@pytest.mark.parametrize("count", [10, 100, 500])
+def test_corpora_mix_by_their_weights_in_every_run_of_rows(spellers: Spellers, count: int) -> None:
+    tables = mixture(spellers, count, web=3.0, code=1.0).tables
+    names = [name.split("/")[0] for name in ids_of(tables)]
+    web_N = np.array([name == "web" for name in names])[tables["rows/document"]]
+    longest = int(np.diff(tables["documents/row"]).max())
+    share_N = np.cumsum(web_N) / np.arange(1, count + 1)
+    assert (np.abs(share_N - 0.75) * np.arange(1, count + 1) <= 2 * longest).all()
+
+
+def test_a_mixture_ends_where_a_corpus_is_used_up_and_says_so(spellers: Spellers) -> None:
+    alone = mixture(spellers, None, web=1.0).summary["rows"]
+    made = mixture(spellers, None, web=1.0, code=9.0)
+    names = [name.split("/")[0] for name in ids_of(made.tables)]
+    assert names.count("code") == 60 and 0 < names.count("web") < 20
+    assert alone < made.summary["rows"] < 1.3 * alone
+    asked = config(corpora={"web": {}, "code": {"weight": 9.0}}, rows={"count": 10**6})
+    assert plan.notes(made.summary, asked)[0].startswith("at these weights the corpora give")
+
+
+def test_more_rows_of_a_mixture_only_add_to_the_end(spellers: Spellers) -> None:
+    small, large = (mixture(spellers, count, web=2.0, code=1.0).tables for count in (150, 400))
+    assert np.array_equal(small["rows/bytes/token"], large["rows/bytes/token"][:150])
+    assert ids_of(large)[: len(ids_of(small))] == ids_of(small)
+
+
+def test_each_corpus_must_give_its_share_of_the_rows() -> None:
+    assert plan.wanted(config(corpora={"a": {"weight": 2}, "b": {"weight": 1}}, rows={"count": 100})) == [67, 34]
+    assert plan.wanted(config(rows={"count": 7})) == [7]
+    assert plan.wanted(config()) == [None]
+
+
+@pytest.mark.parametrize("further", [0, 5, 40])
+def test_a_stream_counts_so_far_as_its_rows_are_wanted_however_far_it_was_read(
+    spellers: Spellers, further: int
+) -> None:
+    asked = config(corpus={"path": "org/web", "stream": True}, rows={"count": 30})
+    documents = [Document(f"{number}", "a quick fox") for number in range(60)]
+    per = len(spellers["bytes"].spell("a quick fox").ids_T)
+    needed = -(-30 // per)
+    groups = [documents[: needed + further]]
+    made = assembled(groups, {"bytes": spellers["bytes"]}, [SOURCES["bytes"]], 32, asked, "identical", True)
+    assert made.summary["rows"] == 30
+    assert sorted(map(int, ids_of(made.tables))) == list(range(needed))
 
 
 # --- shards and batches ---------------------------------------------------------------------------------------------
@@ -430,10 +533,9 @@ def test_groups_hold_every_segment_once_and_waste_no_room_that_the_next_would_fi
 
 def test_bytes_on_disk_are_those_of_the_arrays() -> None:
     summary = {"rows": 10, "shards": 2, "chunk_rows": 4, "shard_rows": 8}
-    tables = {"rows/document": np.zeros(10, np.int32)}
-    sizes = plan.stored_bytes(summary, tables, [Source("a", "m", "resid.1", 3)])
+    sizes = plan.stored_bytes(summary, [Source("a", "m", "resid.1", 3)])
     moments = 2 * 8 * (2 + 2 * 3 + 768) * 8
-    assert sizes == {"a": 12 * 3 * 2 + 16 * (4 + 1) + moments, "plan": 40}
+    assert sizes == {"a": 12 * 3 * 2 + 16 * (4 + 1) + moments}
 
 
 @pytest.mark.parametrize(
