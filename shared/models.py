@@ -114,15 +114,19 @@ def attention(checkpoint: Checkpoint, asked: str | None) -> str:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Raises ModelError where the folder has no tokenizer."""
+    """The tokenizer of a model. Raises ModelError where the folder has none."""
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(checkpoint.folder)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
             "no tokenizer for the model", checkpoint.path, f"Save one into its folder ({reason})"
         ) from None
+    if tokenizer.is_fast:  # a training script leaves its own here; nothing of ours pads or truncates
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

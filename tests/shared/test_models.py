@@ -222,6 +222,18 @@ def test_the_fingerprint_of_a_tokenizer_does_not_change_when_it_is_used(tmp_path
     assert models.tokenizer_fingerprint(tokenizer) == first
 
 
+def test_the_fingerprint_of_a_tokenizer_does_not_know_how_it_pads_and_truncates(tmp_path: Path) -> None:
+    plain = tokenizer_print(byte_level().save(tmp_path / "plain"))
+    folder = byte_level().save(tmp_path / "as a training script leaves it")
+    description = json.loads((folder / "tokenizer.json").read_text())
+    end = "<|endoftext|>"
+    padding = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_id": 0, "pad_type_id": 0, "pad_token": end}
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    description |= {"padding": {**padding, "pad_to_multiple_of": None}, "truncation": truncation}
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    assert tokenizer_print(folder) == plain
+
+
 def test_the_fingerprint_of_a_tokenizer_changes_with_one_special_token(tmp_path: Path) -> None:
     plain = tokenizer_print(byte_level().save(tmp_path / "plain"))
     folder = byte_level().save(tmp_path / "role")
