@@ -17,12 +17,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("journey")
     tiny.save_model(folder / "llama", "llama", tiny.byte_level(), width=32)
     tiny.save_model(folder / "gemma", "gemma3", tiny.sentencepiece(), width=48)
+    tiny.save_model(folder / "bert", "bert", tiny.wordpiece(), width=40)
     (folder / "pair.toml").write_text(
         """
         models.a = {path = "llama", sites = ["resid.1"]}
         models.b = {path = "gemma", sites = ["resid.1"]}
         rows = {count = 6000, context = 64, held_out = 0.3}
         store = {path = "pair.zarr", shard_bytes = 150_000, chunk_bytes = 32_768}
+        """
+    )
+    (folder / "three.toml").write_text(
+        """
+        models.a = {path = "llama", sites = ["resid.1"]}
+        models.b = {path = "gemma", sites = ["heads.1"]}
+        models.c = {path = "bert", sites = ["resid.1"]}
+        rows = {count = 4000, context = 64, held_out = 0.3}
+        store = {path = "three.zarr", shard_bytes = 100_000, chunk_bytes = 32_768}
         """
     )
     return folder
@@ -67,6 +77,42 @@ def test_two_models_become_one_store_one_dictionary_and_one_report(place: Path) 
     x = store.read(100, 110)
     f_BL = dictionary.encode(x)
     assert f_BL.shape == (10, 256) and dictionary.decode(f_BL)["b"].shape == (10, 48)
+
+
+def test_three_models_of_three_tokenizers_become_a_dictionary_with_a_span_for_each(place: Path) -> None:
+    made = json.loads(command(place, "harvest", "run", "three.toml", "--json"))
+    assert made["alignment"] == "offsets" and made["rows"] == 4000
+    tokenizers = {model.tokenizer for model in Store.open(place / "three.zarr").header.models.values()}
+    assert len(tokenizers) == 3
+    assert "sound" in command(place, "harvest", "verify", "three.zarr", "--full", "--deep", "200")
+
+    trained = json.loads(
+        command(
+            place, "train", "run", "three.zarr", "--wiring", "dedicated", "--latents", "240", "--steps", "150",
+            "--batch", "256", "--set", "method.k=8", "--set", "optimiser.lr=0.003", "--method", "batch_topk",
+            "--set", "wiring.exclusive={a=16,b=24,c=32}", "--set", "wiring.norm=joint", "--out", "run3", "--json",
+        )
+    )  # fmt: skip
+    assert all(one["fve"] > 0.2 for one in trained["sources"].values())
+
+    dictionary, store = Dictionary.load(place / "run3"), Store.open(place / "three.zarr")
+    spans = {span.name: (span.size, span.readers, span.writers) for span in dictionary.wiring.spans}
+    everyone = ("a", "b", "c")
+    assert spans == {
+        "only_a": (16, ("a",), ("a",)), "shared": (168, everyone, everyone), "only_b": (24, ("b",), ("b",)),
+        "only_c": (32, ("c",), ("c",)),
+    }  # fmt: skip
+    x = store.read(0, 200)
+    f_BL = dictionary.encode(x)
+    for source in everyone:
+        own = dictionary.wiring.slices[f"only_{source}"]
+        others = {name: x[name] if name == source else -3 * x[name].flip(0) for name in everyone}
+        assert f_BL[:, own].count_nonzero() > 0
+        assert dictionary.encode(others)[:, own].equal(f_BL[:, own])  # it reads its own source alone
+        without = f_BL.clone()
+        without[:, own] = 0
+        whole, rest = dictionary.decode(f_BL), dictionary.decode(without)
+        assert {name for name in everyone if not whole[name].equal(rest[name])} == {source}  # and writes to it alone
 
 
 def test_the_four_verbs_train_a_transcoder_on_the_same_store(place: Path, tmp_path: Path) -> None:

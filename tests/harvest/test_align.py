@@ -162,6 +162,104 @@ def test_identical_refuses_other_ids() -> None:
         assert e.value.exit_code == 2
 
 
+# --- hard cases, both rules -----------------------------------------------------------------------------------------
+
+Pieces = list[tuple[str | bytes, int]]  # a token's bytes, and the characters up to its end
+
+# {what: (one model, the other, stops of offsets, stops of greedy)}
+HARD: dict[str, tuple[Pieces, Pieces, list[list[int]], list[list[int]]]] = {
+    "a year in one token and in two": (
+        [("In", 2), (" ", 3), ("1989", 7)],
+        [("In", 2), (" ", 3), ("198", 6), ("9", 7)],
+        [[1, 2, 3], [1, 2, 4]], [[1, 3], [1, 4]],
+    ),
+    "a year that both split, each in its way": (
+        [("In", 2), (" 19", 5), ("89", 7), (".", 8)],
+        [("In", 2), (" 198", 6), ("9", 7), (".", 8)],
+        [[1, 3, 4], [1, 3, 4]], [[1, 3, 4], [1, 3, 4]],
+    ),
+    "CJK without spaces, one letter in bytes": (
+        [("日本", 2), ("語", 3), ("の文", 5)],
+        [("日", 1), ("本語", 3), ("の", 4), (b"\xe6\x96", -1), (b"\x87", 5)],
+        [[2, 3], [2, 5]], [[2, 3], [2, 5]],
+    ),
+    "an emoji across byte tokens": (
+        [("a", 1), (b"\xf0\x9f", -1), (b"\x98\x80", 2), ("b", 3)],
+        [("a", 1), (b"\xf0", -1), (b"\x9f", -1), (b"\x98", -1), (b"\x80", 2), ("b", 3)],
+        [[1, 3, 4], [1, 5, 6]], [[1, 3, 4], [1, 5, 6]],
+    ),
+    "an emoji whose bytes share a token with its neighbours": (
+        [(b"a\xf0\x9f", -1), (b"\x98\x80b", 3), ("c", 4)],
+        [("a", 1), ("😀", 2), ("bc", 4)],
+        [[3], [3]], [[3], [3]],
+    ),
+    "a combining mark with its letter and without": (
+        [("caf", 3), ("e\u0301", 5), ("!", 6)],
+        [("cafe", 4), ("\u0301", 5), ("!", 6)],
+        [[2, 3], [2, 3]], [[2, 3], [2, 3]],
+    ),
+    "a combining mark with the next letter": (
+        [("n", 1), ("\u0303", 2), ("o", 3)],
+        [("n", 1), ("\u0303o", 3)],
+        [[1, 3], [1, 2]], [[1, 3], [1, 2]],
+    ),
+    "a BOS in one model only": (
+        [("", -1), ("a", 1), (" b", 3)],
+        [("a", 1), (" b", 3)],
+        [[2, 3], [1, 2]], [[2, 3], [1, 2]],
+    ),
+    "a run of white space in one token and in two": (
+        [("a", 1), ("   ", 4), ("b", 5)],
+        [("a", 1), (" ", 2), ("  ", 4), ("b", 5)],
+        [[1, 2, 3], [1, 3, 4]], [[1, 3], [1, 4]],
+    ),
+    "a run of white space that is never cut at one place": (
+        [("a", 1), ("  ", 3), ("\n\n", 5), (" b", 7)],
+        [("a ", 2), (" \n", 4), ("\n ", 6), ("b", 7)],
+        [[4], [4]], [[1, 4], [1, 4]],
+    ),
+    "white space alone": ([("  \n", 3)], [("  ", 2), ("\n", 3)], [[1], [2]], [[], []]),
+    "an empty document": ([], [], [[], []], [[], []]),
+    "a document that is empty to one model": ([("\u200b", 1)], [], [[], []], [[], []]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HARD)
+@pytest.mark.parametrize("rule", ["offsets", "greedy"])
+def test_hard_cases_by_hand(what: str, rule: str) -> None:
+    one, two, by_offsets, by_greedy = HARD[what]
+    pair = [with_ends(one), with_ends(two)]
+    stops = by_offsets if rule == "offsets" else by_greedy
+    assert RULES[rule](pair).tolist() == stops
+    assert RULES[rule](pair[::-1]).tolist() == stops[::-1]
+
+
+def with_ends(pieces: Pieces) -> Tokens:
+    data = [piece if isinstance(piece, bytes) else piece.encode() for piece, _ in pieces]
+    ends_T = np.array([end for _, end in pieces], np.int32)
+    text = b"".join(data).decode()
+    assert [end for end in ends_T.tolist() if end >= 0] == sorted(set(ends_T.tolist()) - {-1})
+    for number, end in enumerate(ends_T.tolist(), 1):  # the table's own ends
+        assert end < 0 or b"".join(data[:number]).decode() == text[:end]
+    return Tokens(np.arange(len(data), dtype=np.int32), ends_T, data)
+
+
+@pytest.mark.parametrize(
+    "text", ["日本語の文章。", "😀👍🏽 👨‍👩‍👧 🇫🇷", "nai\u0308ve cafe\u0301", "In 1989, 198 of 9", "a \t\n\n   b"]
+)
+@pytest.mark.parametrize("rule", ["offsets", "greedy"])
+def test_the_last_place_of_a_hard_text_is_its_end_in_real_tokens(
+    spellers: dict[str, Speller], text: str, rule: str
+) -> None:
+    for names in (("bytes", "pieces"), ("bytes, trimmed offsets", "pieces, space before")):
+        read = [spellers[name].spell(text) for name in names]
+        stops_MJ = RULES[rule](read)
+        assert stops_MJ[:, -1].tolist() == [len(one.ids_T) for one in read]
+        ends = [one.ends_T[stops_J - 1].tolist() for one, stops_J in zip(read, stops_MJ, strict=True)]
+        assert -1 not in ends[0] + ends[1]
+        assert ends[0] == ends[1] or rule == "greedy"
+
+
 # --- greedy ---------------------------------------------------------------------------------------------------------
 
 

@@ -216,8 +216,9 @@ def test_identical_refuses_models_with_other_special_tokens_around_a_text(spelle
         build({**spellers, "bare": bare}, ("pieces", "bare"), align="identical")
 
 
-def test_a_bos_in_one_model_only_pairs_with_nothing_and_moves_its_positions(spellers: Spellers) -> None:
-    tables = build(spellers, documents=[Document("d", "a b")]).tables
+@pytest.mark.parametrize("align", ["offsets", "greedy"])
+def test_a_bos_in_one_model_only_pairs_with_nothing_and_moves_its_positions(spellers: Spellers, align: str) -> None:
+    tables = build(spellers, documents=[Document("d", "a b")], align=align).tables
     assert tables["rows/bytes/position"].tolist() == [0, 1]
     assert tables["rows/pieces/position"].tolist() == [1, 2]
     assert tables["tokens/pieces/id"].tolist()[0] == 1
@@ -227,13 +228,30 @@ def test_a_bos_in_one_model_only_pairs_with_nothing_and_moves_its_positions(spel
     assert tables["rows/pieces/flags"].tolist() == [0, 0]
 
 
-def test_a_year_in_one_token_pairs_with_the_last_of_its_two(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("align", "rows_a", "rows_b"),
+    [("offsets", [0, 1, 2, 3, 4], [1, 2, 4, 5, 6]), ("greedy", [0, 2, 4], [1, 4, 6])],
+)
+def test_a_year_in_one_token_pairs_with_the_last_of_its_two(
+    tmp_path: Path, align: str, rows_a: list[int], rows_b: list[int]
+) -> None:
     one = Speller(hand_made(["In", " ", "1989", "was"]).load(tmp_path / "a"), "model", "a")
     two = Speller(hand_made(["In", " ", "198", "9", "was"], bos=True).load(tmp_path / "b"), "model", "b")
-    made = build({"a": one, "b": two}, ("a", "b"), [Document("d", "In 1989 was")])
-    assert made.tables["rows/a/token"].tolist() == [0, 1, 2, 3, 4]
-    assert made.tables["rows/b/token"].tolist() == [1, 2, 4, 5, 6]
-    assert made.summary["aligned_tokens"] == {"a": 1.0, "b": 5 / 6}
+    made = build({"a": one, "b": two}, ("a", "b"), [Document("d", "In 1989 was")], align)
+    assert made.tables["rows/a/token"].tolist() == rows_a
+    assert made.tables["rows/b/token"].tolist() == rows_b
+    assert made.summary["aligned_tokens"] == {"a": len(rows_a) / 5, "b": len(rows_b) / 6}
+
+
+@pytest.mark.parametrize("align", ["offsets", "greedy"])
+def test_empty_documents_between_others_leave_no_trace_but_their_number(spellers: Spellers, align: str) -> None:
+    full = [Document("a", "one two"), Document("b", "three")]
+    holes = [Document("e", ""), full[0], Document("f", ""), full[1], Document("g", "")]
+    with_holes, without = (build(spellers, documents=documents, align=align) for documents in (holes, full))
+    assert with_holes.tables.keys() == without.tables.keys()
+    assert all(np.array_equal(with_holes.tables[name], without.tables[name]) for name in without.tables)
+    assert with_holes.summary["skipped"]["documents_without_rows"] == 3
+    assert (with_holes.summary["documents"], with_holes.summary["aligned_documents"]) == (2, 2 / 5)
 
 
 def test_flags_say_what_a_token_is(spellers: Spellers) -> None:
