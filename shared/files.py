@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -80,7 +81,9 @@ def sweep(folder: Path) -> int:
 
     Call it where nobody else is writing.
     """
-    leftovers = [*folder.parent.glob(f"{folder.name}.*{TEMPORARY}"), *folder.rglob(f"*{TEMPORARY}")]
+    own = re.compile(rf"{re.escape(folder.name)}\.[0-9a-f]{{32}}(\.old)?{re.escape(TEMPORARY)}")  # not x.zarr's, of x
+    beside = [path for path in folder.parent.glob(f"*{TEMPORARY}") if own.fullmatch(path.name)]
+    leftovers = [*beside, *folder.rglob(f"*{TEMPORARY}")]
     for path in leftovers:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return len(leftovers)

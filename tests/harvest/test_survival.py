@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,46 @@ def test_kill_9_at_random_moments(home: Path, pair: Store, tmp_path: Path) -> No
             assert nothing_left(path)
             number += 1
     assert len(reached) >= 4  # it was killed while planning, calibrating, and at several units
+
+
+def test_two_harvests_of_other_ids_into_one_folder_do_not_touch_each_other(home: Path, tmp_path: Path) -> None:
+    """Two processes at once, and a name that begins with the other's."""
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    asked = {"x": {"seed": 0}, "x.zarr": {"seed": 1, "context": 20}}
+    alone = {name: harvest(config(home, apart / name, rows=rows)) for name, rows in asked.items()}
+    assert len({store.header.id for store in alone.values()}) == 2
+    context = multiprocessing.get_context("forkserver")
+    barrier = context.Barrier(2, timeout=120)
+    processes = [
+        context.Process(target=run_beside, args=(config(home, together / name, rows=rows), barrier))
+        for name, rows in asked.items()
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    for name, store in alone.items():
+        assert tree(together / name) == tree(store.path)
+        assert nothing_left(together / name)
+    assert sorted(path.name for path in together.iterdir()) == ["x", "x.log", "x.zarr", "x.zarr.log"]
+
+
+def run_beside(asked: HarvestConfig, barrier: Barrier) -> None:
+    """Harvest, and write the plan and the first units when the other is about to do the same."""
+    create, put, puts = Store.create, Store.put, iter(range(99))
+
+    def create_beside(*given: Any) -> Store:
+        barrier.wait()
+        return create(*given)
+
+    def put_beside(self: Store, *given: Any) -> dict[str, Any]:
+        if next(puts) < 3:
+            barrier.wait()
+        return put(self, *given)
+
+    Store.create, Store.put = create_beside, put_beside  # type: ignore[method-assign,assignment]
+    run(asked)
 
 
 @pytest.fixture

@@ -145,6 +145,16 @@ def test_a_sweep_removes_temporary_files_and_folders_at_any_depth_and_nothing_el
     assert files.sweep(tmp_path) == 0
 
 
+def test_a_sweep_leaves_what_is_being_written_beside_a_folder_whose_name_only_begins_alike(tmp_path: Path) -> None:
+    with files.folder_atomic(tmp_path / "pair.zarr") as other, files.folder_atomic(tmp_path / "pair") as own:
+        (other / "a").write_bytes(b"x")
+        (own / "a").write_bytes(b"x")
+        assert files.sweep(tmp_path / "pair") == 1
+        assert not own.exists() and (other / "a").exists()
+        own.mkdir()
+    assert names(tmp_path) == ["pair", "pair.zarr", "pair.zarr/a"]
+
+
 def test_a_sweep_of_a_folder_that_is_not_there_removes_nothing(tmp_path: Path) -> None:
     assert files.sweep(tmp_path / "gone") == 0
 
