@@ -11,9 +11,9 @@ from torch import Tensor
 
 from harvest.cast import cast
 from harvest.forward import Batch, Batches, rows
-from shared import hooks, layout
+from shared import hooks, layout, models
 from shared.errors import ActivationError
-from shared.models import Tokenizer
+from shared.models import Checkpoint
 from shared.moments import CLASSES, Moments, class_of
 from shared.store import FIRST, HELD_OUT, MASKED, SINK, SPECIAL, Part, Store
 
@@ -21,8 +21,8 @@ from shared.store import FIRST, HELD_OUT, MASKED, SINK, SPECIAL, Part, Store
 class UnitMaker:
     """Runs the batches of one model and collects its rows, shard by shard."""
 
-    def __init__(self, store: Store, name: str, captured: hooks.Run, tokenizer: Tokenizer, device: str) -> None:
-        self.store, self.name, self.captured, self.tokenizer, self.device = store, name, captured, tokenizer, device
+    def __init__(self, store: Store, name: str, captured: hooks.Run, checkpoint: Checkpoint, device: str) -> None:
+        self.store, self.name, self.captured, self.checkpoint, self.device = store, name, captured, checkpoint, device
         self.batches = Batches(store, name)
         self.sites = {source.site: source.name for source in store.sources_of(name)}
         flags = [store.column(f"rows/{model}/flags") for model in store.header.models]
@@ -72,7 +72,7 @@ class UnitMaker:
     def _nonfinite(self, source: str, row: int) -> ActivationError:
         document = self.store.document_ids()[self.store.column("rows/document")[row]]
         token = self.store.column(f"tokens/{self.name}/id")[self.store.column(f"rows/{self.name}/token")[row]]
-        text = self.tokenizer.decode([int(token)])
+        text = models.load_tokenizer(self.checkpoint).decode([int(token)])
         return ActivationError(
             f"{source} ({self.store.header.sources[source].site}) is not finite",
             f"document {document!r}, token {text!r}, row {row}",

@@ -38,6 +38,7 @@ class Worker:
 
     def __exit__(self, *exc: object) -> None:
         self._hooks.close()
+        self._maker = None  # its hooks are gone
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -54,8 +55,8 @@ class Worker:
             self._hooks.close()
             model = self._load(name)
             captured = self._hooks.enter_context(self._capturing(model))
-            tokenizer = models.load_tokenizer(self._bench.checkpoints[name])
-            self._maker = UnitMaker(self.store, name, captured, tokenizer, self._device)
+            checkpoint = self._bench.checkpoints[name]
+            self._maker = UnitMaker(self.store, name, captured, checkpoint, self._device)
         return self._maker
 
     def scale(self) -> Scale:

@@ -40,6 +40,16 @@ def test_a_model_is_loaded_once_for_all_its_units_and_one_is_held_at_a_time(
     assert loaded == ["llama", "gemma", "llama"]
 
 
+def test_a_worker_that_has_ended_begins_again_with_the_model_that_it_holds(pair: Store) -> None:
+    worker = worker_of(pair)
+    made = []
+    for _ in range(2):
+        with worker:
+            made.append(worker.make((1, "gemma"), int)["gemma"].activations_ND)
+        assert worker.holds == "gemma"
+    assert (made[0] == made[1]).all()
+
+
 def test_the_scale_is_that_of_the_stored_rows_when_all_batches_are_read(home: Path, tmp_path: Path) -> None:
     store = harvest(config(home, tmp_path / "x.zarr", batch={"calibration": 1000}))
     with worker_of(store) as worker:
