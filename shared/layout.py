@@ -5,6 +5,7 @@ Letters: N rows, S rows per shard, C rows per chunk, D width of a source, K leng
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import google_crc32c
@@ -17,6 +18,7 @@ from shared.source import Source
 TABLE_CHUNK = 2**22  # items per chunk of tokens, segments, documents and batches
 ABSENT = np.uint64(2**64 - 1)  # offset and length of a chunk that a shard does not hold
 GROUP, SEALED, DAMAGED = "zarr.json", "sealed", "damaged"
+CASTAGNOLI = 0x82F63B78  # the polynomial of crc32c, reflected (RFC 3720)
 Unit = tuple[int, str]  # (shard, model)
 DTYPES = {"float16": "<f2", "bfloat16": "<u2"}  # how activations lie on the disk: NumPy and Zarr know no bfloat16
 NANS = {"float16": np.nan, "bfloat16": 0x7FC0}  # what fills the rows that a last chunk lacks
@@ -115,3 +117,36 @@ def crc32c(parts: Iterable[bytes | memoryview]) -> int:
     for part in parts:
         crc = google_crc32c.extend(crc, np.frombuffer(part, np.uint8))
     return int(crc)
+
+
+def crc32c_joined(parts: Iterable[tuple[int, int]]) -> int:
+    """The crc32c of bytes that stand one after another, from that of each and its length: no byte is read again.
+
+    As zlib's crc32_combine: x^(8 x length) modulo the polynomial moves the one on, and the other is added.
+    """
+    whole = 0
+    for crc, length in parts:
+        whole = _product(_shift(length), whole) ^ crc
+    return whole
+
+
+@lru_cache
+def _shift(length: int) -> int:
+    """x^(8 x length), by squaring. Bit 31 stands for x^0, as everywhere in a reflected crc."""
+    power, square = 1 << 31, 1 << 23
+    while length:
+        if length & 1:
+            power = _product(power, square)
+        square = _product(square, square)
+        length >>= 1
+    return power
+
+
+def _product(a: int, b: int) -> int:
+    """Of two polynomials over GF(2), modulo that of crc32c."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (CASTAGNOLI if b & 1 else 0)
+    return product

@@ -4,7 +4,7 @@ Letters: N rows, S rows per shard, C rows per chunk, D width of a source, K leng
 """
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -362,13 +362,20 @@ class Store:
         starts = range(0, len(rows_ND), self.chunk_rows)
         fill = layout.NANS[self.header.plan["dtype"]]
         chunks = [raw(padded(rows_ND[i : i + self.chunk_rows], self.chunk_rows, fill)) for i in starts]
-        parts: list[bytes | memoryview] = [
-            *chunks,
-            layout.shard_index([len(chunk) for chunk in chunks], self.shard_rows // self.chunk_rows),
-        ]
-        files.write_atomic(self.path / name, parts)
-        checks = {"crc32c": crc32c(parts), "chunks": [crc32c([chunk]) for chunk in chunks]}
-        return {name: {"size": sum(map(len, parts)), **checks}}
+        sizes = [len(chunk) for chunk in chunks]
+        index = layout.shard_index(sizes, self.shard_rows // self.chunk_rows)
+        parts: list[bytes | memoryview] = [*chunks, index]
+        crcs: list[int] = []
+
+        def summed() -> Iterator[bytes | memoryview]:
+            for part in parts:
+                crcs.append(crc32c([part]))  # once, and while the write finds it in the processor's cache
+                yield part
+
+        files.write_atomic(self.path / name, summed())
+        sizes.append(len(index))
+        whole = layout.crc32c_joined(zip(crcs, sizes, strict=True))
+        return {name: {"size": sum(sizes), "crc32c": whole, "chunks": crcs[:-1]}}
 
 
 def role_flag(role: str) -> int:

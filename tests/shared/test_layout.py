@@ -5,6 +5,8 @@ import struct
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shared import layout
 from shared.source import Source
@@ -15,6 +17,20 @@ def test_crc32c_has_the_check_value_of_its_specification() -> None:
     assert layout.crc32c([bytes(32)]) == 0x8A9136AA
     assert layout.crc32c([b"1234", memoryview(b"56789")]) == 0xE3069283
     assert layout.crc32c([]) == 0
+
+
+@given(st.lists(st.binary(max_size=40), max_size=6))
+def test_the_checksum_of_a_whole_follows_from_those_of_its_parts(parts: list[bytes]) -> None:
+    whole = b"".join(parts)
+    assert layout.crc32c_joined([(layout.crc32c([part]), len(part)) for part in parts]) == layout.crc32c([whole])
+
+
+def test_checksums_of_large_parts_join_in_their_order() -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.bytes(2**21), rng.bytes(2**21), rng.bytes(3**9)]
+    joined = layout.crc32c_joined([(layout.crc32c([part]), len(part)) for part in parts])
+    assert joined == layout.crc32c(parts)
+    assert joined != layout.crc32c_joined([(layout.crc32c([part]), len(part)) for part in parts[::-1]])
 
 
 def test_the_index_of_a_shard_gives_offset_and_length_of_every_chunk_and_its_own_checksum() -> None:
