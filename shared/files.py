@@ -1,12 +1,13 @@
 """Files that are whole or absent: temporary name, fsync, rename. Free space. The user's cache folder."""
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,24 @@ def sweep(folder: Path) -> int:
     return len(leftovers)
 
 
+@contextmanager
+def alone(path: Path, waits: Callable[[], object]) -> Iterator[None]:
+    """One process at a time for `path`, by a lock file beside it that the system lets go when its holder ends.
+
+    `waits` is called where another one holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # some network disks know no locks
+            raise OSError(error.errno, f"{error.strerror} (locking a file)", file.name) from None
+        yield
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -107,14 +126,17 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def require_space(path: Path, needed: int) -> None:
+ROOM = "Free some space, choose another path, or store fewer rows (rows.count)"
+
+
+def require_space(path: Path, needed: int, way_out: str = ROOM) -> None:
     """Raise SpaceError where fewer than `needed` bytes are free for `path`."""
     free = free_bytes(path)
     if free < needed:
         raise SpaceError(
             "no space left for this store",
             f"{path} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-            "Free some space, choose another path, or store fewer rows (rows.count)",
+            way_out,
         )
 
 

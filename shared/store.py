@@ -3,6 +3,7 @@
 Letters: N rows, S rows per shard, C rows per chunk, D width of a source, K length of packed moments.
 """
 
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -58,15 +59,33 @@ class Header:
     @classmethod
     def read(cls, path: Path) -> "Header":
         try:
-            data = files.read_json(path / GROUP)["attributes"]["granary"]
+            data = (path / GROUP).read_bytes()
+        except OSError:
+            data = b""
+        return cls.parse(data, path)
+
+    @classmethod
+    def parse(cls, group: bytes, path: object) -> "Header":
+        """The header in the bytes of a store's zarr.json. Raises StoreError, naming `path`, where there is none."""
+        try:
+            data = json.loads(group)["attributes"]["granary"]
             if data["format"] != FORMAT:
                 raise StoreError("another format of store", data["format"], f"This version reads format {FORMAT}")
             models = {name: Model(**model) for name, model in data["models"].items()}
             sources = {name: Source(**source) for name, source in data["sources"].items()}
             return cls(data["spec"], models, sources, data["plan"], data["scale"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             way_out = "Give the folder NAME.zarr that harvest run wrote"
             raise StoreError("no Granary store here", path, way_out) from None
+
+    def require_same(self, spec: Mapping[str, Any], path: object) -> None:
+        """Raises StoreMismatchError where this store, which is at `path`, was made from another spec."""
+        if self.id != config.fingerprint(spec):
+            fields = "; ".join(config.differences(self.spec, spec))
+            raise StoreMismatchError(
+                f"another store is at {path}, and these fields differ (stored -> asked)", fields,
+                "Give another path (store.path), or the configuration that the stored one was made from",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,25 +137,31 @@ class Store:
     def resume(cls, path: Path, header: Header) -> "Store":
         """The store that is already at `path`. Raises StoreMismatchError where it was made from another spec."""
         found = Header.read(path)
-        if found.id != header.id:
-            fields = "; ".join(config.differences(found.spec, header.spec))
-            raise StoreMismatchError(
-                f"another store is at {path}, and these fields differ (stored -> asked)", fields,
-                "Give another path (store.path), or the configuration that the stored one was made from",
-            )  # fmt: skip
+        found.require_same(header.spec, path)
         return cls(path, found)
 
     def freeze(self, scale: Mapping[str, Mapping[str, float]]) -> "Store":
         """Fix the scale of every source and declare the arrays that units fill. Call once, before the first unit."""
         assert Header.read(self.path).scale is None  # asked of the disk: this object may be older
-        for name, source in self.header.sources.items():
-            for array, spec in layout.unit_arrays(source, self.header.plan, scale[name]["factor"]).items():
-                shutil.rmtree(self.path / array, ignore_errors=True)  # of a run that was killed here; it holds no data
-                self._declare(array, spec)
         header = replace(self.header, scale={name: dict(values) for name, values in scale.items()})
+        frozen = Store(self.path, header)
+        for array in frozen._unit_arrays():
+            shutil.rmtree(self.path / array, ignore_errors=True)  # of a run that was killed here; it holds no data
+        frozen.declare()
         group = files.read_json(self.path / GROUP)
         files.write_json(self.path / GROUP, {**group, "attributes": header.attributes()})
-        return Store(self.path, header)
+        return frozen
+
+    def declare(self) -> None:
+        """Declare those of the arrays that units fill which are not declared yet. The scale must be known."""
+        for array, spec in self._unit_arrays().items():
+            self._declare(array, spec)
+
+    def _unit_arrays(self) -> dict[str, layout.Array]:
+        found: dict[str, layout.Array] = {}
+        for name, source in self.header.sources.items():
+            found |= layout.unit_arrays(source, self.header.plan, self.factor(name))
+        return found
 
     def put(self, shard: int, model: str, parts: Mapping[str, Part], made_with: Mapping[str, Any]) -> dict[str, Any]:
         """Write one unit, whole, its receipt last. `made_with` is device, threads and versions. Returns the receipt."""
@@ -232,6 +257,9 @@ class Store:
 
         Raises StoreError, StoreUnfinishedError, or StoreDamagedError with the names of the bad files.
         """
+        if "://" in str(path):
+            way_out = "Copy it to this machine first, and open the folder that train.stage(url) returns"
+            raise StoreError("a store at a URL cannot be opened there", path, way_out)
         store = cls.at(Path(path))
         if not store.sealed:
             units = f"{path} has {len(store.units) - len(store.missing())} of {len(store.units)} units"
@@ -343,10 +371,12 @@ class Store:
     # --- files --------------------------------------------------------------------------------------------------
 
     def _declare(self, name: str, array: layout.Array) -> None:
-        """Write an array's zarr.json, and the groups above it."""
+        """Write an array's zarr.json, and those of the groups above it, where there are none."""
         *groups, _ = name.split("/")
         for depth in range(len(groups)):
             zarr.open_group(self.path, path="/".join(groups[: depth + 1]), mode="a", zarr_format=3)
+        if (self.path / name / GROUP).exists():
+            return
         zarr.create_array(
             self.path, name=name, shape=array.shape, dtype=array.dtype, chunks=array.chunk, shards=array.shard,
             filters=None, compressors=None, fill_value=array.fill, dimension_names=array.dims,

@@ -36,13 +36,16 @@ class Entry:
     chunks: list[int]
 
 
-def quick(store: Store) -> list[Fault]:
+def quick(store: Store, sizes: Mapping[str, int] | None = None) -> list[Fault]:
     """Receipts against the header, their own names and `sealed`; every file's size; every zarr.json.
 
-    A unit without a receipt is a fault in a finished store only.
+    A unit without a receipt is a fault in a finished store only. `sizes` {name: bytes} tells of files that are
+    elsewhere; none: they are in the store's folder.
     """
     entries, faults = read_receipts(store)
-    faults += [fault for entry in entries for fault in _sized(store.path, entry.name, entry.size, entry.unit)]
+    for entry in entries:
+        there = _size(store.path / entry.name) if sizes is None else sizes.get(entry.name)
+        faults += _sized(entry.name, there, entry.size, entry.unit)
     return faults + (list(_sealed(store)) if store.sealed else [])
 
 
@@ -95,11 +98,13 @@ def _foreign(store: Store, receipt: Mapping[str, Any], unit: Unit | None) -> str
     return "" if set(receipt["files"]) == expected else "names other files than its unit writes"
 
 
-def _sized(folder: Path, name: str, size: int, unit: Unit | None) -> list[Fault]:
-    path = folder / name
-    if not path.is_file():
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _sized(name: str, found: int | None, size: int, unit: Unit | None) -> list[Fault]:
+    if found is None:
         return [Fault(name, "is missing", unit)]
-    found = path.stat().st_size
     return [] if found == size else [Fault(name, f"has {found} bytes, not {size}", unit)]
 
 
@@ -142,7 +147,7 @@ def _sealed(store: Store) -> Iterator[Fault]:
         if path.exists() and crc32c([path.read_bytes()]) != receipts.get(path.name):
             yield Fault(layout.receipt_file(unit), "is not the one that was sealed", unit)
     for name, (size, crc) in groups.items():
-        if sized := _sized(store.path, name, size, None):
+        if sized := _sized(name, _size(store.path / name), size, None):
             yield from sized
         elif crc32c([(store.path / name).read_bytes()]) != crc:
             yield Fault(name, "has another checksum")

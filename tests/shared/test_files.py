@@ -1,6 +1,8 @@
 """Files and folders are whole or absent, and nothing temporary outlives a sweep."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,3 +187,23 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
     assert files.cache_folder() == tmp_path / "xdg" / "granary"
     monkeypatch.setenv("GRANARY_CACHE", str(tmp_path / "own"))
     assert files.cache_folder() == tmp_path / "own"
+
+
+def test_one_process_at_a_time_holds_a_lock_file_and_its_death_lets_go(tmp_path: Path) -> None:
+    path, waited = tmp_path / "copies" / "x", []
+    code = (
+        "import sys; from pathlib import Path; from shared.files import alone\n"
+        "with alone(Path(sys.argv[1]), print): print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+
+        def waits() -> None:
+            waited.append(path)
+            other.kill()
+
+        with files.alone(path, waits):
+            assert waited == [path]
+        with files.alone(path, waits):
+            assert waited == [path]
