@@ -79,6 +79,10 @@ class StoreDamagedError(StoreError):
     """A store with files that are missing or not of the recorded size."""
 
 
+class RemoteError(GranaryError):
+    """A URL that does not answer, or does not let itself be read or written."""
+
+
 class LockError(GranaryError):
     """A store that another harvest is working on."""
 

@@ -4,13 +4,17 @@ Tensors of tests are so small that several threads only wait for each other. In 
 """
 
 import os
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests import s3
 
 settings.register_profile("granary", deadline=None)
 settings.register_profile("granary-ci", deadline=None, derandomize=True)
@@ -24,3 +28,18 @@ def _same_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    with s3.server(tmp_path_factory.mktemp("s3")) as found:
+        yield found
+
+
+@pytest.fixture
+def bucket(s3_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> s3.Bucket:
+    """An empty bucket, with its credentials in the environment and a cache folder of the test's own."""
+    made = s3.make_bucket(f"bucket-{uuid.uuid4().hex[:12]}", *s3_server)
+    for name, value in {**made.environment, "GRANARY_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    return made

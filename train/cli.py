@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from shared import config as configs
-from shared import files
+from shared import files, remote
 from shared.errors import CheckpointError, StoreError, one_line
 from shared.store import Store
 from train import measure as measuring
@@ -23,6 +23,10 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 
+RunFolder = Annotated[str, typer.Argument(help="The folder of a run, or its dictionary/.")]
+Stage = Annotated[
+    str | None, typer.Option("--stage", help="Where the copy of a store at a URL lies; none: in the user's cache.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -33,7 +37,7 @@ def main() -> None:
 
 @app.command()
 def run(
-    cache: Annotated[Path, typer.Argument(help="A finished store.")],
+    cache: Annotated[str, typer.Argument(help="A finished store: its folder, or its URL.")],
     config_file: Annotated[Path | None, typer.Option("--config", help="TOML file of the run.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any config key: --set method.k=64.")] = None,
     method: Annotated[str | None, typer.Option(help="Training method (method.name); train methods lists them.")] = None,
@@ -49,7 +53,8 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of order and weights (seed).")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto (device).")] = None,
     threads: Annotated[int | None, typer.Option(help="Torch threads on the CPU (threads).")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the run; none: a new one below runs/.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder of the run; none: a new one below runs/.")] = None,
+    below: Stage = None,
     as_json: Json = False,
 ) -> None:
     """Train one dictionary on a store, measure it on held-out documents, and write a report.
@@ -63,7 +68,8 @@ def run(
     }  # fmt: skip
     data = configs.read_toml(config_file) if config_file else {}
     asked = configs.parse(TrainConfig, configs.override(data, [*(settings or []), *configs.settings(flags)]))
-    made = fit(Store.open(cache), asked, out)
+    folder = None if out is None else remote.local(out, "A run is written to a folder (--out)")
+    made = fit(_opened(cache, below, as_json), asked, folder)
     if as_json:
         print(json.dumps({"folder": str(made.folder), **made.figures}))
         return
@@ -73,8 +79,9 @@ def run(
 
 @app.command()
 def measure(
-    run_folder: Annotated[Path, typer.Argument(help="The folder of a run, or its dictionary/.")],
-    cache: Annotated[Path | None, typer.Option("--store", help="The store to measure on; none: the run's own.")] = None,
+    run_folder: RunFolder,
+    cache: Annotated[str | None, typer.Option("--store", help="The store to measure on; none: the run's own.")] = None,
+    below: Stage = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="Rows of each split to read at most; none: as the run did.")
     ] = None,
@@ -85,10 +92,11 @@ def measure(
 
     Example: train measure runs/dedicated-batch_topk-16384
     """
-    dictionary = Dictionary.load(run_folder, device)
-    store = Store.open(cache or _own_store(run_folder))
-    _require_same_sites(run_folder, store, dictionary)
-    figures = measuring.measure(dictionary, store, rows or _own_rows(run_folder), quiet=as_json)
+    folder = _run_folder(run_folder)
+    dictionary = Dictionary.load(folder, device)
+    store = _opened(cache or _own_store(folder), below, as_json)
+    _require_same_sites(folder, store, dictionary)
+    figures = measuring.measure(dictionary, store, rows or _own_rows(folder), quiet=as_json)
     print(json.dumps(figures) if as_json else report.text(figures))
 
 
@@ -111,14 +119,14 @@ def methods(as_json: Json = False) -> None:
 
 @app.command()
 def show(
-    run_folder: Annotated[Path, typer.Argument(help="The folder of a run, or its dictionary/.")],
+    run_folder: RunFolder,
     as_json: Json = False,
 ) -> None:
     """What a saved dictionary is: its sources, spans, method and scale.
 
     Example: train show runs/dedicated-batch_topk-16384
     """
-    dictionary = Dictionary.load(run_folder)
+    dictionary = Dictionary.load(_run_folder(run_folder))
     described = dictionary.config()
     described["scale"] = {name: float(dictionary.scale.factor(name)) for name in dictionary.wiring.widths}
     described["parameters"] = sum(parameter.numel() for parameter in dictionary.parameters())
@@ -133,6 +141,15 @@ def show(
     for span in described["spans"]:
         ends = f"{' + '.join(span['readers'])} -> {' + '.join(span['writers'])}"
         print(f"span        {span['name']}: {span['size']:,} latents, {ends}")
+
+
+def _opened(store: str, below: str | None, quiet: bool) -> Store:
+    """The store in a folder; of one at a URL the copy on this machine, which is made first."""
+    return Store.open(remote.stage(store, below, quiet) if remote.is_url(store) else store)
+
+
+def _run_folder(path: str) -> Path:
+    return remote.local(path, "Give the folder of a run")
 
 
 def _require_same_sites(folder: Path, store: Store, dictionary: Dictionary) -> None:
@@ -154,10 +171,10 @@ def _own_rows(folder: Path) -> int:
     return configs.parse(TrainConfig, configs.read_toml(config)).log.measure_rows
 
 
-def _own_store(folder: Path) -> Path:
+def _own_store(folder: Path) -> str:
     if (origin := _of_run(folder, report.STORE)) is None:
         raise CheckpointError("this folder does not name its store", folder, "Give --store CACHE")
-    return Path(files.read_json(origin)["path"])
+    return str(files.read_json(origin)["path"])
 
 
 def _of_run(folder: Path, name: str) -> Path | None:

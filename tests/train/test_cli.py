@@ -11,6 +11,7 @@ import pytest
 
 from shared.store import Store
 from tests.build import make_store
+from tests.s3 import Bucket
 from train import cli, report
 from train.dictionary import Dictionary
 from train.fit import fit
@@ -259,3 +260,50 @@ def test_a_run_that_diverges_ends_with_one_line(store: Store, say: Say, tmp_path
     )
     assert said.code == 1 and "Traceback" not in said.err
     assert said.err.splitlines()[-1].startswith("error: the loss is not finite")
+
+
+# --- a store at a URL -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(bucket: Bucket, store: Store) -> Bucket:
+    bucket.fill({p.relative_to(store.path).as_posix(): p.read_bytes() for p in store.path.rglob("*") if p.is_file()})
+    return bucket
+
+
+def test_run_on_a_url_makes_a_copy_and_then_needs_no_network(
+    store: Store, full: Bucket, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = say("run", store.path, "--method", "topk", *SMALL, "--out", tmp_path / "local", "--json")
+    said = say("run", full.url, "--method", "topk", *SMALL, "--out", tmp_path / "1")
+    assert said.code == 0 and f"store       {full.url}" in said.out and "staging: 100%" in said.err
+    monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:1")
+    again = say("run", full.url, "--method", "topk", *SMALL, "--out", tmp_path / "2", "--json")
+    figures = [json.loads(text) for text in (local.out, again.out)]
+    assert figures[0] == {**figures[1], "folder": figures[0]["folder"]}
+    measured = say("measure", tmp_path / "1", "--json")  # on the copy that the run names
+    assert json.loads(measured.out).items() <= figures[0].items()
+
+
+def test_stage_names_the_place_of_the_copy(full: Bucket, run: Path, say: Say, tmp_path: Path) -> None:
+    said = say("measure", run, "--store", full.url, "--stage", tmp_path / "copies", "--json")
+    assert said.code == 0 and json.loads(said.out) == json.loads((run / "measure.json").read_text())
+    assert [path.name.split("-")[0] for path in (tmp_path / "copies").iterdir() if path.is_dir()] == ["pair.zarr"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "STORE", "--method", "topk", *SMALL, "--out", "s3://bucket/run"),
+        ("run", "s3://bucket/x.zarr", "--method", "topk", *SMALL, "--stage", "s3://bucket/run"),
+        ("measure", "s3://bucket/run"), ("show", "s3://bucket/run"),
+    ],
+    ids=["run --out", "run --stage", "measure", "show"],
+)  # fmt: skip
+def test_a_run_has_a_folder_and_no_url(
+    store: Store, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = say(*(store.path if word == "STORE" else word for word in words))
+    assert (said.code, said.out, len(said.err.splitlines())) == (2, "", 1) and "s3://bucket/run" in said.err
+    assert not list(tmp_path.iterdir())
