@@ -28,10 +28,10 @@ from shared.store import TEMPLATE, Store
 from shared.verify import Fault
 
 
-def files_of(store: Store, full: bool, log: Log) -> list[Fault]:
-    """What is wrong with the store's files; every checksum where `full`."""
+def files_of(store: Store, full: bool, log: Log, sizes: Mapping[str, int] | None = None) -> list[Fault]:
+    """What is wrong with the store's files; every checksum where `full`. `sizes`: of files that are elsewhere."""
     if not full:
-        return verify.quick(store)
+        return verify.quick(store, sizes)
     total = sum(entry.size for entry in verify.read_receipts(store)[0])
     with bar("checksums", "bytes", total, quiet=log.quiet) as progress:
         return verify.full(store, tick=progress.update)

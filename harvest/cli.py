@@ -1,4 +1,4 @@
-"""harvest run | plan | sites | inspect."""
+"""harvest run | plan | sites | status | ls | verify | repair | pull | inspect."""
 
 import json
 import shlex
@@ -13,13 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
-from harvest import bench, check, overview, work
+from harvest import bench, check, destination, overview, work
 from harvest import inspect as view
 from harvest import plan as planning
-from harvest.config import HarvestConfig
+from harvest.config import HarvestConfig, StoreConfig
 from harvest.estimate import estimate
 from harvest.job import prepare
-from shared import config, files, hooks, models
+from shared import config, files, hooks, models, remote
+from shared import verify as verifying
 from shared.device import torch_threads
 from shared.errors import ConfigError, Stopped, one_line
 from shared.layout import GROUP
@@ -38,7 +39,7 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto 
 Threads = Annotated[int | None, typer.Option("--threads", help="Torch threads on the CPU (threads).")]
 Again = Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto; none: as the store was made.")]
 AgainThreads = Annotated[int | None, typer.Option("--threads", help="Torch threads; none: as the store was made.")]
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The folder of a store.")]
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="The folder of a store, or its URL.")]
 Moved = Annotated[list[str] | None, typer.Option("--model", help="NAME=PATH: where a model of the store lies now.")]
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Processes on this machine: one per GPU, or --threads each.")
@@ -68,15 +69,16 @@ def run(
     given = [f"{name} {value}" for name, value in shared.items() if value is not None]
     if len(given) > 1:
         raise ConfigError("each of these shares out the work", ", ".join(given), "Give one of them")
-    with Log() as log, _resumable(Path(asked.store.path)):
+    destination.of(asked.store).close()  # a URL that does not answer is known before the corpus is read
+    with Log() as log, _resumable(asked.store.folder):
         job = prepare(asked, log)
         found = bench.Bench(job.checkpoints, asked.device, asked.threads)
         with _crew(None if work.is_finished(job) else workers, scheduler, found, log) as crew:
             made = work.run(job, crew, log, share)
     if not made.sealed:
-        print(f"{made.path}: this part is done; the last one seals the store")
+        print(f"{asked.store.path}: this part is done; the last one seals the store")
         return
-    _print({"store": str(made.path), "id": made.header.id, **_summary(made)}, as_json)
+    _print({"store": asked.store.path, "id": made.header.id, **_summary(made)}, as_json)
 
 
 @app.command()
@@ -94,7 +96,7 @@ def plan(
     Example: harvest plan pair.toml --set rows.count=1000000
     """
     asked = _config(config_file, settings, store, device, threads)
-    with Log() as log, _resumable(Path(asked.store.path)):
+    with Log() as log, _resumable(asked.store.folder):
         began = time.monotonic()
         job = prepare(asked, log)
         prepared_s = time.monotonic() - began
@@ -143,7 +145,7 @@ def status(store: StoreArgument, as_json: Json = False) -> None:
 
     Example: harvest status pair.zarr
     """
-    found = overview.status(store)
+    found = _status_at(store) if remote.is_url(store) else overview.status(Path(store))
     if not as_json:
         found["units"] = {name: f"{made} of {all_}" for name, (made, all_) in found.get("units", {}).items()}
         found["made_with"] = "; ".join(
@@ -155,15 +157,18 @@ def status(store: StoreArgument, as_json: Json = False) -> None:
 
 @app.command()
 def ls(
-    folder: Annotated[Path, typer.Argument(help="Where to look for stores.")],
-    runs: Annotated[Path | None, typer.Option("--runs", help="Where to look for runs; none: the same folder.")] = None,
+    folder: Annotated[str, typer.Argument(help="Where to look for stores.")],
+    runs: Annotated[str | None, typer.Option("--runs", help="Where to look for runs; none: the same folder.")] = None,
     as_json: Json = False,
 ) -> None:
     """Every store below a folder: id, state, rows, size, models and sites, and the training runs that used it.
 
     Example: harvest ls caches --runs runs
     """
-    found = overview.ls(folder, runs or folder)
+    below, its_runs = (
+        remote.local(path, "harvest status tells of one store at a URL") for path in (folder, runs or folder)
+    )
+    found = overview.ls(below, its_runs)
     print(json.dumps(found) if as_json else "\n".join(overview.lines(found)))
 
 
@@ -185,12 +190,15 @@ def verify(
 
     Example: harvest verify pair.zarr --full --deep 100
     """
-    opened = Store.at(store)
     with Log(quiet=as_json) as log:
-        faults = check.files_of(opened, full, log)
-        if deep and not faults:
-            faults = check.contents(opened, _bench(opened, model, device, threads, log), deep, seed, log)
-        check.write_down(opened, faults, log)
+        if remote.is_url(store) and not (full or deep):
+            faults = _faults_at(store)
+        else:
+            opened = Store.at(remote.local(store, f"harvest pull {store} makes a copy, which can be read through"))
+            faults = check.files_of(opened, full, log)
+            if deep and not faults:
+                faults = check.contents(opened, _bench(opened, model, device, threads, log), deep, seed, log)
+            check.write_down(opened, faults, log)
     if as_json:
         print(json.dumps([{"file": f.file, "what": f.what, "unit": f.unit} for f in faults]))
     else:
@@ -210,17 +218,34 @@ def repair(
 
     Example: harvest repair pair.zarr --full
     """
-    opened = Store.at(store)
-    with Log() as log, _resumable(store):
-        units = check.to_mend(opened, check.files_of(opened, full, log))
+    with Log() as log, _found(store) as (opened, to, sizes), _resumable(to.path):
+        if full and sizes is not None:
+            remote.local(store, f"harvest pull {store} checks every file, and names the one to delete")
+        units = check.to_mend(opened, check.files_of(opened, full, log, sizes))
         if units or not opened.sealed or opened.condemned[0]:
-            work.repair(opened, units, work.OneProcess(_bench(opened, model, device, threads, log), log), log)
+            work.repair(opened, units, work.OneProcess(_bench(opened, model, device, threads, log), log), log, to)
     print(f"{store}: {len(units)} units made again")
 
 
 @app.command()
+def pull(
+    url: Annotated[str, typer.Argument(help="The URL of a finished store.")],
+    below: Annotated[str | None, typer.Option("--stage", help="Where copies lie; none: in the user's cache.")] = None,
+) -> None:
+    """Copy a finished store from a URL to this machine, as train run does too, and print its folder.
+
+    Every checksum is checked. What lies there already is not fetched again.
+
+    Example: harvest pull s3://bucket/pair.zarr
+    """
+    if not remote.is_url(url):
+        raise ConfigError("this is no URL", url, "Example: s3://bucket/pair.zarr")
+    print(remote.stage(url, below))
+
+
+@app.command()
 def inspect(
-    store: Annotated[Path, typer.Argument(help="A finished store.")],
+    store: Annotated[str, typer.Argument(help="The folder of a finished store.")],
     rows: Annotated[str, typer.Option("--rows", help="START:STOP, or one row number.")] = "0:20",
     model: Moved = None,
     as_json: Json = False,
@@ -229,7 +254,7 @@ def inspect(
 
     Example: harvest inspect pair.zarr --rows 100:120
     """
-    opened = Store.open(store)
+    opened = Store.open(remote.local(store, f"harvest pull {store} makes a copy"))
     chosen = _rows(rows, opened.rows)
     moved = _moved(model or [], list(opened.header.models))
     found = bench.find(opened.header, moved, lambda text: None, weights=False)
@@ -308,6 +333,26 @@ def _resumable(store: Path) -> Iterator[None]:
             print(f"{len(left.units) - len(left.missing())} of {len(left.units)} units are stored", file=sys.stderr)
         print(f"to go on: {shlex.join(['harvest', *sys.argv[1:]])}", file=sys.stderr)
         raise
+
+
+def _status_at(url: str) -> dict[str, Any]:
+    with remote.outlined(url) as (path, _):
+        return {**overview.status(path), "store": url}
+
+
+def _faults_at(url: str) -> list[verifying.Fault]:
+    with remote.outlined(url) as (path, sizes):
+        return verifying.quick(Store.at(path), sizes)
+
+
+@contextmanager
+def _found(store: str) -> Iterator[tuple[Store, destination.Destination, dict[str, int] | None]]:
+    """A store in whatever state it is, where it is, and the sizes of its files where these are at a URL."""
+    if not remote.is_url(store):
+        yield Store.at(Path(store)), destination.Folder(Path(store)), None
+        return
+    with remote.outlined(store) as (path, sizes):
+        yield Store.at(path), destination.of(StoreConfig(path=store)), sizes
 
 
 def _checked(full: bool, deep: int) -> str:

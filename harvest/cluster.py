@@ -5,11 +5,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from distributed import Client, LocalCluster, as_completed, get_worker
+from distributed import Client, Future, LocalCluster, as_completed, get_worker
 from distributed.scheduler import KilledWorker
 
 from harvest.bench import Bench
@@ -34,14 +35,29 @@ class Cluster(Crew):
         found: Scale = self._client.submit(_scale, store.path.absolute(), self._bench, pure=False).result()
         return found
 
+    @property
+    def ahead(self) -> int:
+        """Two units to a worker: it has the next one when it has made one, and none goes far ahead of the receipts."""
+        return 2 * max(1, len(self._client.scheduler_info(n_workers=-1)["workers"]))
+
     def make(self, store: Store, units: Sequence[Unit], tick: Tick) -> Iterator[Receipt]:
-        path = store.path.absolute()
-        futures = self._client.map(_unit, list(units), path=path, bench=self._bench, pure=False)
+        path, left, taken = store.path.absolute(), iter(units), 0
+        futures: list[Future] = []
+        done = as_completed()
+
+        def submit() -> None:
+            for unit in islice(left, max(0, self.ahead - (len(futures) - taken))):
+                futures.append(self._client.submit(_unit, unit, path, self._bench, pure=False))
+                done.add(futures[-1])
+
         try:
-            for future in as_completed(futures):
+            submit()
+            for future in done:
                 receipt: dict[str, Any] = future.result()
+                taken += 1
                 tick(len(store.rows_of(receipt["shard"])))
                 yield receipt
+                submit()
         except KilledWorker as error:
             way_out = "Look at its memory: lower batch.tokens or store.shard_bytes"
             raise ClusterError("a unit has killed every worker that tried it", error.last_worker, way_out) from None

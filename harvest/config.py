@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from shared import files, remote
 from shared.config import Config
 
 SHORT_NAME = r"[A-Za-z0-9_-]+"
@@ -114,11 +115,41 @@ class BatchConfig(Config):
 class StoreConfig(Config):
     """Where rows go."""
 
-    path: str = "activations.zarr"  # the store's folder
+    path: str = "activations.zarr"  # the store's folder, or a URL: s3://bucket/pair.zarr
+    staging: str | None = (
+        None  # where units for a URL lie until they are sent (workers of --scheduler must see it); none: the cache
+    )
     shard_bytes: int = Field(2**30, ge=1)  # bytes of the largest unit at most
     chunk_bytes: int = Field(2**21, ge=1)  # bytes of a chunk of the widest source at most
     dtype: Literal["float16", "bfloat16"] = "float16"  # bfloat16: a wider range, three bits less of precision
     nonfinite: Literal["fail", "mask"] = "fail"  # mask: such a row is stored as zeros, flagged and never served
+
+    @field_validator("path")
+    @classmethod
+    def _no_half_url(cls, path: str) -> str:
+        if re.match(r"[A-Za-z0-9+.-]{2,}:/(?!/)", path):
+            raise ValueError("A URL has two slashes, such as s3://bucket/pair.zarr")
+        return path
+
+    @field_validator("staging")
+    @classmethod
+    def _on_this_machine(cls, staging: str | None) -> str | None:
+        if staging is not None and remote.is_url(staging):
+            raise ValueError("Give a folder of this machine")
+        return staging
+
+    @property
+    def url(self) -> str | None:
+        """Where the store goes, if not into a folder."""
+        return self.path if remote.is_url(self.path) else None
+
+    @property
+    def folder(self) -> Path:
+        """Where the store is made on this machine."""
+        if not remote.is_url(self.path):
+            return Path(self.path)
+        place = remote.place(self.path, self.staging or files.cache_folder() / "harvest")
+        return place.with_name(f"{place.name}.staging")  # not where a copy of it would lie
 
 
 class HarvestConfig(Config):

@@ -37,7 +37,7 @@ class Job:
 
     @property
     def path(self) -> Path:
-        return Path(self.config.store.path)
+        return self.config.store.folder
 
     def header(self, made: plan.Plan) -> Header:
         return Header(self.spec, self.models, self.sources, made.summary)
@@ -99,7 +99,7 @@ def _spec(
         "chats": {name: template.identity for name, template in drafts.chats.items()},
         "rows": {**config.rows.model_dump(), "align": drafts.align},
         "batch": config.batch.model_dump(),
-        "store": config.store.model_dump(exclude={"path"}),
+        "store": config.store.model_dump(exclude={"path", "staging"}),
         "scale": SCALE_RULE,
     }
 

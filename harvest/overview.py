@@ -28,7 +28,7 @@ def status(path: Path) -> dict[str, Any]:
         "rows": store.rows,
         "units": {model: [sum(name == model for _, name in made), store.shards] for model in store.header.models},
         "bytes": sum(entry["size"] for receipt in receipts for entry in receipt["files"].values()),
-        "faults": _summed(receipts),
+        "faults": faults(store),
         "made_with": _variants(receipts),
         "damage": store.condemned[0],
         "held_by": held,
@@ -43,12 +43,8 @@ def state(store: Store) -> str:
 
 def faults(store: Store) -> dict[str, dict[str, int]]:
     """{source: {fault: count}} of the units that are there: rows, or components where the name says so."""
-    return _summed(_receipts(store))
-
-
-def _summed(receipts: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     total: dict[str, dict[str, int]] = {}
-    for receipt in receipts:
+    for receipt in _receipts(store):
         for source, counts in receipt["faults"].items():
             sums = total.setdefault(source, dict.fromkeys(counts, 0))
             for name, count in counts.items():

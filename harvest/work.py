@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harvest import lock, plan, planner
+from harvest import destination, lock, plan, planner
 from harvest.bench import Bench
 from harvest.job import Job
 from harvest.worker import Scale, Worker
@@ -28,6 +29,11 @@ Tick = Callable[[int], object]
 
 class Crew(ABC):
     """Who makes units: this process, or the workers of a cluster."""
+
+    @property
+    @abstractmethod
+    def ahead(self) -> int:
+        """Units that may be made before the receipts of those before them are taken."""
 
     @abstractmethod
     def scale(self, store: Store) -> Scale:
@@ -58,41 +64,51 @@ def run(job: Job, crew: Crew, log: Log, part: Part | None = None) -> Store:
 
     Raises LockError where another harvest is at it.
     """
-    if is_finished(job):
-        log.event("done", f"{job.path} is already finished: nothing to do")
-        return Store.open(job.path)
-    with lock.hold(job.path, _told(log), part.slot if part else lock.WHOLE):
-        with _beginning(job.path, log, part):
-            store = _begun(open_store(job, log), crew, log)
-            if part and store.condemned[0]:
-                raise StoreDamagedError("parts cannot mend a store", job.path, f"First: harvest repair {job.path}")
-        return finish(store, crew, log, part)
+    with destination.of(job.config.store) as to:
+        if to.is_finished(job.spec):
+            log.event("done", f"{to.name} is already finished: nothing to do")
+            return to.finished(job.spec, log)
+        with lock.hold(job.path, _told(log), part.slot if part else lock.WHOLE):
+            with _beginning(job.path, log, part):
+                to.begin(job.spec, _share(part), log)
+                store = _begun(open_store(job, log, crew.ahead, to), crew, log, to, part)
+                if part and store.condemned[0]:
+                    raise StoreDamagedError("parts cannot mend a store", to.name, f"First: harvest repair {to.name}")
+            return finish(store, crew, log, to, part)
 
 
-def repair(store: Store, units: Sequence[Unit], crew: Crew, log: Log) -> Store:
-    """Make these units again, and those that a check has condemned. The store is unfinished meanwhile."""
-    with lock.hold(store.path, _told(log)):
-        files.sweep(store.path)
-        store.reopen(units)
-        return finish(_begun(store, crew, log), crew, log)
+def repair(
+    store: Store, units: Sequence[Unit], crew: Crew, log: Log, to: destination.Destination | None = None
+) -> Store:
+    """Make these units again, and those that a check has condemned. The store is unfinished meanwhile.
+
+    `to` is where the store is; none: in its folder.
+    """
+    with to or destination.Folder(store.path) as to, lock.hold(to.path, _told(log)):
+        files.sweep(to.path)
+        return finish(_begun(to.reopen(store, units, log), crew, log, to), crew, log, to)
 
 
-def finish(store: Store, crew: Crew, log: Log, part: Part | None = None) -> Store:
+def finish(store: Store, crew: Crew, log: Log, to: destination.Destination, part: Part | None = None) -> Store:
     """Make the units that are missing. What a check has condemned is made again."""
     if units := store.condemned[1]:
         store.reopen(units)
-    share = part.units(store) if part else set(store.units)
+    share = _share(part)(store)
     todo = [unit for unit in store.missing() if unit in share]
     total = sum(len(store.rows_of(shard)) for shard, _ in todo)
     with bar("harvest", "rows", total, quiet=log.quiet) as progress:
         for receipt in crew.make(store, todo, progress.update):
+            to.made((receipt["shard"], receipt["model"]))
             _report(receipt, log)
     with _beginning(store.path, log, part):
-        if not store.missing() and not store.sealed:
-            store.seal()
+        to.seal(store)
     if store.sealed:
-        log.event("done", f"finished {store.path}")
+        log.event("done", f"finished {to.name}")
     return store
+
+
+def _share(part: Part | None) -> destination.Share:
+    return part.units if part else lambda store: set(store.units)
 
 
 @contextmanager
@@ -112,53 +128,64 @@ def _told(log: Log) -> Callable[[str], None]:
     return lambda text: log.event("lock", text)
 
 
-def _begun(store: Store, crew: Crew, log: Log) -> Store:
+def _begun(store: Store, crew: Crew, log: Log, to: destination.Destination, part: Part | None = None) -> Store:
     """The store with its scale. The log goes on beside it, as NAME.zarr.log."""
     log.attach(store.path.with_name(f"{store.path.name}.log"))
     log.event("start", host=platform.node(), process=os.getpid(), arguments=sys.argv[1:])
-    if store.header.scale is not None:
-        return store
-    scale = crew.scale(store)
-    factors = ", ".join(f"{name} {values['factor']:g}" for name, values in scale.items())
-    log.event("scale", f"scale factors: {factors}", scale=scale)
-    return store.freeze(scale)
+    to.planned(store, log)
+    if store.header.scale is None:
+        scale = crew.scale(store)
+        factors = ", ".join(f"{name} {values['factor']:g}" for name, values in scale.items())
+        log.event("scale", f"scale factors: {factors}", scale=scale)
+        store = store.freeze(scale)
+    return to.frozen(store, _share(part), log)
 
 
 def is_finished(job: Job) -> bool:
-    return (job.path / GROUP).exists() and _stored(job).sealed
-
-
-def _stored(job: Job) -> Store:
-    """The store that is at the job's path. Raises StoreMismatchError where it is another."""
-    return Store.resume(job.path, Header(job.spec, job.models, job.sources, {}))
+    """Raises StoreMismatchError where another store is there."""
+    with destination.of(job.config.store) as to:
+        return to.is_finished(job.spec)
 
 
 def look(job: Job, log: Log) -> Store:
     """The store of this job as it stands, or its plan, which `run` will take over. No model is run."""
-    if job.path.exists():
-        return _stored(job)
+    is_finished(job)  # refuses another store
+    if (job.path / GROUP).exists():
+        return Store.resume(job.path, _header(job))
     with lock.hold(job.path, _told(log)):
         return planner.planned(job, log)
 
 
-def open_store(job: Job, log: Log) -> Store:
+def _header(job: Job) -> Header:
+    return Header(job.spec, job.models, job.sources, {})
+
+
+def open_store(job: Job, log: Log, ahead: int, to: destination.Destination) -> Store:
     """The store of this job: as it stands, or newly planned. The disk is checked before anything is written."""
     if job.path.exists():
         if not (job.path / GROUP).exists():
             raise StoreError("this path is in use and is no store", job.path, "Give another path (store.path)")
-        store = _stored(job)
+        store = Store.resume(job.path, _header(job))
         planner.sweep(job.path)
-        whole = sum(plan.stored_bytes(store.header.plan, list(job.sources.values())).values())
-        files.require_space(job.path, whole * len(store.missing()) // len(store.units))
+        missing = Counter(model for _, model in store.missing())
+        files.require_space(job.path, _at_once(job, store, missing, to, ahead), to.room)
         return store
     made = planner.planned(job, log)
-    sources = list(job.sources.values())
-    needed = sum(plan.stored_bytes(made.header.plan, sources).values())
-    files.require_space(job.path, needed)
+    units = Counter(dict.fromkeys(job.models, made.shards))
+    files.require_space(job.path, _at_once(job, made, units, to, ahead), to.room)
+    needed = sum(plan.stored_bytes(made.header.plan, list(job.sources.values())).values())
     log.event("plan", f"planned {made.rows:,} rows, {needed / 1e6:,.0f} MB", **made.header.plan)
     for note in plan.notes(made.header.plan, job.config):
         log.event("plan", note)
     return planner.place(made, job.path)
+
+
+def _at_once(job: Job, store: Store, units: Counter[str], to: destination.Destination, ahead: int) -> int:
+    """Bytes of the largest of `units` {model: how many} that lie in the folder at once."""
+    sizes = plan.stored_bytes(store.header.plan, list(job.sources.values()))
+    of = {model: sum(sizes[one.name] for one in store.sources_of(model)) / store.shards for model in job.models}
+    largest = sorted((of[name] for name in units.elements()), reverse=True)
+    return int(sum(largest[: to.at_once(len(largest), ahead)]))
 
 
 def _report(receipt: Receipt, log: Log) -> None:
@@ -169,6 +196,8 @@ def _report(receipt: Receipt, log: Log) -> None:
 
 class OneProcess(Crew):
     """Units are made in this process; a second thread puts the last one on disk meanwhile."""
+
+    ahead = 1
 
     def __init__(self, bench: Bench, log: Log) -> None:
         self._bench, self._log = bench, log

@@ -50,6 +50,7 @@ MODULES: dict[str, dict[str, str]] = {
         "planner": "the effect of planning: pieces on disk, by several processes, and what an earlier call has left",
         "bench": "what units are made with on this machine: models, device, threads",
         "lock": "one harvest of a store at a time",
+        "destination": "where a store goes: into a folder, or unit by unit to a URL",
         "unit": "the batches of one shard of one model -> what store.put takes",
         "worker": "one process that makes units, with one model in memory at a time",
         "estimate": "how long a plan will take here, from some of its own batches",
@@ -58,7 +59,7 @@ MODULES: dict[str, dict[str, str]] = {
         "inspect": "rows side by side, for people",
         "check": "a sample of rows, run again and decoded",
         "overview": "what stores there are, how far they are, which runs used them",
-        "cli": "harvest run | plan | sites | inspect",
+        "cli": "harvest run | plan | sites | status | ls | verify | repair | pull | inspect",
     },
     "train": {
         "order": "pure: (seed, step) -> the rows of a batch; resume is one integer",

@@ -11,7 +11,7 @@ import pytest
 from distributed import LocalCluster
 from safetensors.torch import load_file, save_file
 
-from harvest import cluster, lock, work
+from harvest import cluster, destination, lock, work
 from harvest.bench import Bench
 from harvest.cluster import Cluster
 from harvest.config import HarvestConfig
@@ -41,6 +41,10 @@ class Killing(Crew):
 
     def __init__(self, crew: Cluster, at: int, chance: random.Random) -> None:
         self.crew, self.at, self.chance, self.killed = crew, at, chance, 0
+
+    @property
+    def ahead(self) -> int:
+        return self.crew.ahead
 
     def scale(self, store: Store) -> Scale:
         return self.crew.scale(store)
@@ -97,7 +101,7 @@ def test_a_worker_that_raises_ends_the_harvest_with_its_own_error_and_keeps_what
     job, file = prepare(asked, LOG), moved / "llama" / "model.safetensors"
     scale = harvest(config(home, tmp_path / "whole.zarr", store=SMALL)).header.scale
     assert scale is not None
-    work.open_store(job, LOG).freeze(scale)
+    work.open_store(job, LOG, 1, destination.Folder(job.path)).freeze(scale)
     whole, torn = file.read_bytes(), load_file(file)
     torn["model.embed_tokens.weight"][:] = float("nan")
     save_file(torn, file, {"format": "pt"})
