@@ -35,14 +35,15 @@ def reshaped(batch: Batch) -> Batch:
 
 
 class Batches:
-    """The planned forward batches of one model, read from the store."""
+    """The planned forward batches of one model, read from the store: tokens and rows of one shard at a time."""
 
     def __init__(self, store: Store, model: str) -> None:
-        self.store = store
-        self.ids, self.segment = store.column(f"tokens/{model}/id"), store.column(f"tokens/{model}/segment")
-        self.position, self.rows = store.column(f"rows/{model}/position"), store.column("segments/row")
+        self.store, self.model = store, model
+        self.segment, self.rows = store.column(f"tokens/{model}/segment"), store.column("segments/row")
         self.members, self.ends = store.column(f"batches/{model}/segment"), store.column(f"batches/{model}/end")
         self.shard = store.column(f"batches/{model}/shard")
+        self._held: int | None = None
+        self._ids: tuple[int, np.ndarray] = (0, np.empty(0, np.int32))
 
     def of(self, shard: int) -> Iterator[Batch]:
         return (self.batch(shard, number) for number in range(self.shard[shard], self.shard[shard + 1]))
@@ -61,9 +62,9 @@ class Batches:
         return self.batch(int(np.searchsorted(self.shard, number, "right")) - 1, number)
 
     def batch(self, shard: int, number: int) -> Batch:
-        start = self.ends[number - 1] if number else 0
-        segments = self.members[start : self.ends[number]].tolist()
-        tokens = [self.ids[self.segment[g] : self.segment[g + 1]] for g in segments]
+        segments = self._members(number, number + 1).tolist()
+        first, ids = self._tokens(shard)
+        tokens = [ids[self.segment[g] - first : self.segment[g + 1] - first] for g in segments]
         length = max(map(len, tokens))
         ids_BT, mask_BT = np.zeros((2, len(segments), length), np.int64)
         for b, one in enumerate(tokens):
@@ -72,8 +73,21 @@ class Batches:
         spans = [range(max(self.rows[g], inside.start), min(self.rows[g + 1], inside.stop)) for g in segments]
         row_N = np.concatenate([np.arange(span.start, span.stop) for span in spans])
         of_N = np.repeat(np.arange(len(segments)), [len(span) for span in spans])
-        place_N = of_N * length + self.position[row_N]
+        position_N = self.store.map(f"rows/{self.model}/position", shard)[row_N - inside.start]
+        place_N = of_N * length + position_N
         return Batch(torch.from_numpy(ids_BT), torch.from_numpy(mask_BT), row_N, torch.from_numpy(place_N))
+
+    def _members(self, start: int, stop: int) -> np.ndarray:
+        """The segments of batches [start:stop]."""
+        return self.members[self.ends[start - 1] if start else 0 : self.ends[stop - 1]]
+
+    def _tokens(self, shard: int) -> tuple[int, np.ndarray]:
+        """The tokens of a shard's segments, which follow one another, and the number of the first."""
+        if self._held != shard:
+            members = self._members(self.shard[shard], self.shard[shard + 1])
+            first, stop = int(self.segment[members.min()]), int(self.segment[members.max() + 1])
+            self._ids, self._held = (first, self.store.piece(f"tokens/{self.model}/id", first, stop)), shard
+        return self._ids
 
 
 def rows(run: Run, batch: Batch, names: Mapping[str, str], device: str) -> dict[str, Tensor]:

@@ -25,18 +25,18 @@ class UnitMaker:
         self.store, self.name, self.captured, self.checkpoint, self.device = store, name, captured, checkpoint, device
         self.batches = Batches(store, name)
         self.sites = {source.site: source.name for source in store.sources_of(name)}
-        flags = [store.column(f"rows/{model}/flags") for model in store.header.models]
-        self.special_N = np.logical_or.reduce([one & SPECIAL > 0 for one in flags])
-        self.first_N = np.logical_or.reduce([one & FIRST > 0 for one in flags])
-        self.held_out_N = store.column("documents/split")[store.column("rows/document")] == HELD_OUT
+        self.held_out_n = store.column("documents/split") == HELD_OUT
 
     def make(self, shard: int, tick: Any) -> dict[str, Part]:
         """The parts of one unit. Raises ActivationError at a value that is not finite, unless they are to be masked."""
         inside = self.store.rows_of(shard)
+        flags_N = np.bitwise_or.reduce([self.store.map(f"rows/{m}/flags", shard) for m in self.store.header.models])
+        held_out_N = self.held_out_n[self.store.map("rows/document", shard)]
         made = {source: _Made(self.store, source, len(inside)) for source in self.sites.values()}
         for batch in self.batches.of(shard):
             for source, x_ND in self.run(batch).items():
-                self._take(source, x_ND, batch, made[source], inside.start)
+                at_N = batch.row_N - inside.start
+                self._take(source, x_ND, batch, made[source], at_N, flags_N[at_N], held_out_N[at_N])
             tick(len(batch.row_N))
         return {source: one.part() for source, one in made.items()}
 
@@ -50,20 +50,21 @@ class UnitMaker:
         """{source: x_ND}, not cast."""
         return rows(self.captured, batch, self.sites, self.device)
 
-    def _take(self, source: str, x_ND: Tensor, batch: Batch, made: "_Made", start: int) -> None:
+    def _take(
+        self, source: str, x_ND: Tensor, batch: Batch, made: "_Made", at_N: np.ndarray, flags_N: np.ndarray,
+        held_out_N: np.ndarray,
+    ) -> None:  # fmt: skip
         assert self.store.header.scale is not None
         scale = self.store.header.scale[source]
         done = cast(x_ND, scale["factor"], scale["sink_norm"], self.store.dtype)
         masked_N = done.faults_N & MASKED > 0
         if masked_N.any() and self.store.header.spec["store"]["nonfinite"] == "fail":
             raise self._nonfinite(source, int(batch.row_N[masked_N.argmax()]))
-        at_N = batch.row_N - start
         made.activations_ND[at_N] = layout.stored(done.values_ND.cpu())
         made.norms_N[at_N] = done.norms_N.cpu().numpy()
         made.faults_N[at_N] = done.faults_N
         made.subnormal += done.subnormal
-        row_N = batch.row_N
-        class_N = class_of(self.special_N[row_N], self.first_N[row_N], done.faults_N & SINK > 0, self.held_out_N[row_N])
+        class_N = class_of(flags_N & SPECIAL > 0, flags_N & FIRST > 0, done.faults_N & SINK > 0, held_out_N)
         x_cpu = done.x_ND.cpu()
         for index in np.unique(class_N[~masked_N]):
             chosen_N = torch.from_numpy((class_N == index) & ~masked_N)

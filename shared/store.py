@@ -319,6 +319,12 @@ class Store:
         maps = [self.map(name, index) for index in range(-(-shape[0] // chunk[0]))]
         return maps[0] if len(maps) == 1 else np.concatenate(maps)
 
+    def piece(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Items [start:stop] of a table, from those of its files that hold them."""
+        chunk = files.read_json(self.path / name / "zarr.json")["chunk_grid"]["configuration"]["chunk_shape"][0]
+        numbers = range(start // chunk, -(-stop // chunk))
+        return np.concatenate([self.map(name, n)[max(start - n * chunk, 0) : stop - n * chunk] for n in numbers])
+
     def read(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """Rows [start:stop] as Python slices them, in the model's own units: {source: float32 [rows, width]}."""
         start, stop, _ = slice(start, stop).indices(self.rows)

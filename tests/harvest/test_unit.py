@@ -132,3 +132,21 @@ def test_what_passes_the_headroom_is_clipped_flagged_and_counted(
     assert store.moments("early", CLASSES).largest == pytest.approx(7e5)
     messages = [json.loads(line).get("message", "") for line in said.read_text().splitlines()]
     assert any(f"shard {123 // store.shard_rows}: clipped or masked rows:" in message for message in messages)
+
+
+def test_units_read_the_tables_of_tokens_and_rows_piece_by_piece(
+    home: Path, pair: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole they would grow with the rows, in every process of a harvest."""
+    genuine, whole = Store.column, set()
+
+    def column(self: Store, name: str) -> np.ndarray:
+        whole.add(name)
+        return genuine(self, name)
+
+    monkeypatch.setattr(Store, "column", column)
+    assert tree(harvest(config(home, tmp_path / "x.zarr")).path) == tree(pair.path)
+    of_models = {f"{table}" for model in ("llama", "gemma") for table in (
+        f"tokens/{model}/segment", *(f"batches/{model}/{name}" for name in ("segment", "end", "shard")),
+    )}  # fmt: skip
+    assert whole == {"segments/row", "documents/split", *of_models}

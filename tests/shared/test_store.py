@@ -272,6 +272,21 @@ def test_tables_of_several_files_read_the_same_everywhere(
             assert read(store.path, name).tobytes() == values.tobytes(), name
 
 
+def test_any_piece_of_a_table_is_read_from_the_files_that_hold_it(
+    tmp_path: Path, ragged: Header, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "TABLE_CHUNK", 4)
+    store = make(tmp_path / "a.zarr", ragged)
+    values, opened, genuine = make_tables(ragged)["tokens/m/id"], [], Store.map
+    monkeypatch.setattr(Store, "map", lambda self, *given: (opened.append(given[1]), genuine(self, *given))[1])
+    assert len(values) == 9
+    for start in range(9):
+        for stop in range(start + 1, 10):
+            opened.clear()
+            assert store.piece("tokens/m/id", start, stop).tolist() == values[start:stop].tolist()
+            assert opened == list(range(start // 4, (stop - 1) // 4 + 1))
+
+
 def test_tables_without_items_have_no_file_and_read_as_empty(tmp_path: Path) -> None:
     header = make_header(2, 2, 1, ONE)
     empty = {"documents/id": np.empty(0, np.uint8), "tokens/m/id": np.empty(0, np.int32)}
