@@ -2,8 +2,8 @@
 
 python -m tests.benchmarks.memory [rows]     (rows of the smallest; the others have 4 and 16 times as many)
 
-Each runs in a process of its own. Anonymous memory is what a process holds; the pages of files are the kernel's to take
-back.
+Each is planned in one process and made in another, which resumes it: what planning has left to the first would hide
+what units take. Anonymous memory is what a process holds; the pages of files are the kernel's to take back.
 """
 
 import json
@@ -50,10 +50,13 @@ def main() -> None:
 def measured(place: Path, rows: int) -> dict[str, dict[str, int]]:
     corpus = place / f"{rows}.jsonl"
     corpus.write_text("".join(json.dumps({"text": text, "id": str(n)}) + "\n" for n, text in enumerate(texts(rows))))
-    command = [sys.executable, "-m", "tests.benchmarks.memory", "one", str(place), str(rows)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    peaks = {}
+    for phase in ("plan", "units"):
+        command = [sys.executable, "-m", "tests.benchmarks.memory", phase, str(place), str(rows)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        peaks |= json.loads(done.stdout.splitlines()[-1])
     corpus.unlink()
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return peaks
 
 
 def texts(rows: int) -> Iterator[str]:
@@ -68,8 +71,8 @@ def texts(rows: int) -> Iterator[str]:
             letters += len(topics.topics[name])
 
 
-def one(place: Path, rows: int) -> None:
-    """Harvest, and print the peaks of every phase, above what was there before it all."""
+def one(part: str, place: Path, rows: int) -> None:
+    """Plan, or make the units of what was planned; print the peaks of what was done."""
     log, peaks = Log(quiet=True), {}
     config = HarvestConfig.model_validate(
         {
@@ -82,14 +85,16 @@ def one(place: Path, rows: int) -> None:
             "threads": 1,
         }
     )
-    with watched() as peaks[PHASES[0]]:
+    with watched() as peaks["read the corpus"]:
         job = prepare(config, log)
-    crew = work.OneProcess(Bench(job.checkpoints, "cpu", 1), log)
-    with watched() as peaks[PHASES[1]]:
-        store = work.open_store(job, log)
-    with watched() as peaks[PHASES[2]]:
-        store = store.freeze(crew.scale(store))
-        work.finish(store, crew, log)
+    if part == "plan":
+        with watched() as peaks["plan"]:
+            work.open_store(job, log)
+    else:
+        crew = work.OneProcess(Bench(job.checkpoints, "cpu", 1), log)
+        with watched() as peaks["make units"]:
+            store = work.open_store(job, log)
+            work.finish(store.freeze(crew.scale(store)), crew, log)
     print(json.dumps(peaks))
 
 
@@ -120,7 +125,7 @@ def watched() -> Iterator[dict[str, int]]:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if sys.argv[1:2] == ["one"]:
-        one(Path(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[1:2] in (["plan"], ["units"]):
+        one(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
     else:
         main()
