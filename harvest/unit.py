@@ -42,9 +42,10 @@ class UnitMaker:
 
     def rehearse(self, batch: Batch) -> None:
         """One batch as `make` takes it, and nothing kept."""
-        first = int(batch.row_N.min())
+        at_N = np.arange(len(batch.row_N))
+        none_N = np.zeros(len(at_N), np.uint8)
         for source, x_ND in self.run(batch).items():
-            self._take(source, x_ND, batch, _Made(self.store, source, int(batch.row_N.max()) + 1 - first), first)
+            self._take(source, x_ND, batch, _Made(self.store, source, len(at_N)), at_N, none_N, none_N > 0)
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """{source: x_ND}, not cast."""
