@@ -64,7 +64,8 @@ def to_mend(store: Store, faults: Sequence[Fault], strict: bool = True) -> list[
     """The units that mend these faults and those found before. `strict`: raises StoreDamagedError where none would."""
     beyond = [str(fault) for fault in faults if fault.unit is None and fault.file != SEALED]
     if beyond and strict:
-        raise StoreDamagedError("the plan itself is damaged", ", ".join(beyond), "Harvest into another path")
+        way_out = f"harvest repair {store.path} --config FILE makes it again from the harvest's TOML file"
+        raise StoreDamagedError("the plan itself is damaged", ", ".join(beyond), way_out)
     return sorted({*store.condemned[1], *(fault.unit for fault in faults if fault.unit is not None)})
 
 

@@ -210,15 +210,27 @@ def verify(
 def repair(
     store: StoreArgument,
     full: Annotated[bool, typer.Option("--full", help="Check every checksum first.")] = False,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="The harvest's TOML file, where the plan itself is damaged.")
+    ] = None,
+    settings: Settings = None,
     model: Moved = None,
     device: Again = None,
     threads: AgainThreads = None,
 ) -> None:
     """Make the faulty shards again, and no others: those that verify finds now, or has found before.
 
+    With --config (and the --set of the harvest), what is damaged of the plan is made again first.
+
     Example: harvest repair pair.zarr --full
     """
     with Log() as log, _found(store) as (opened, to, sizes), _resumable(to.path):
+        if config_file is not None:
+            place = str(remote.local(store, f"harvest pull {store} makes a copy, whose plan can be mended"))
+            for name in work.mend_plan(
+                opened, prepare(_config(config_file, settings, place, device, threads), log), log
+            ):
+                log.event("repair", f"made again: {name}")
         if full and sizes is not None:
             remote.local(store, f"harvest pull {store} checks every file, and names the one to delete")
         units = check.to_mend(opened, check.files_of(opened, full, log, sizes))

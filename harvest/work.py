@@ -89,6 +89,28 @@ def repair(
         return finish(_begun(to.reopen(store, units, log), crew, log, to), crew, log, to)
 
 
+def mend_plan(store: Store, job: Job, log: Log) -> list[str]:
+    """Plan again what the store was made from, and write those files of its plan that differ. Returns their names.
+
+    Raises StoreMismatchError where `job` is another harvest. (zarr.json of the store must be readable.)
+    """
+    store.header.require_same(job.spec, store.path)
+    with lock.hold(store.path, _told(log)):
+        made = planner.planned(job, log)
+        if store.header.scale is not None:
+            made = made.freeze(store.header.scale)
+        right = {file.relative_to(made.path): file.read_bytes() for file in made.path.rglob("*") if file.is_file()}
+        wrong = [name for name, data in right.items() if not _holds(store.path / name, data)]
+        for name in wrong:
+            files.write_atomic(store.path / name, right[name])
+        planner.sweep(store.path)
+    return sorted(map(str, wrong))
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
+
+
 def finish(store: Store, crew: Crew, log: Log, to: destination.Destination, part: Part | None = None) -> Store:
     """Make the units that are missing. What a check has condemned is made again."""
     if units := store.condemned[1]:

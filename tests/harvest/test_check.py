@@ -12,8 +12,9 @@ import pytest
 from harvest import bench, check, work
 from harvest.bench import Bench
 from harvest.check import Read
+from harvest.job import prepare
 from shared import verify
-from shared.errors import StoreDamagedError
+from shared.errors import StoreDamagedError, StoreMismatchError
 from shared.layout import crc32c
 from shared.log import Log
 from shared.store import Store
@@ -245,6 +246,41 @@ def test_a_plan_that_is_damaged_cannot_be_repaired_unit_by_unit(copy: Store) -> 
     check.write_down(copy, faults, LOG)
     with pytest.raises(StoreDamagedError):
         Store.open(copy.path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rows/document/c/0",
+        "tokens/llama/id/zarr.json",
+        "receipts/plan.json",
+        "activations/gemma/zarr.json",
+        "documents/id/c/0",
+    ],
+)
+@pytest.mark.parametrize("how", ["gone", "other bytes"])
+def test_a_damaged_plan_is_made_again_from_what_it_was_made_from(
+    home: Path, pair: Store, copy: Store, name: str, how: str
+) -> None:
+    before = tree(pair.path)
+    file = copy.path / name
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(b"[" + file.read_bytes()[1:])
+    faults = verify.full(copy)
+    assert faults
+    check.write_down(copy, faults, LOG)
+    mended = work.mend_plan(copy, prepare(config(home, copy.path), LOG), LOG)
+    assert mended == [name]
+    assert check.to_mend(copy, verify.full(copy)) == []
+    done = work.repair(copy, [], work.OneProcess(bench_of(copy), LOG), LOG)
+    assert tree(done.path) == before and not (copy.path.parent / f"{copy.path.name}.plan").exists()
+
+
+def test_the_plan_of_another_harvest_mends_nothing(home: Path, copy: Store) -> None:
+    with pytest.raises(StoreMismatchError, match=r"rows.count: 300 -> 200"):
+        work.mend_plan(copy, prepare(config(home, copy.path, rows={"count": 200}), LOG), LOG)
 
 
 def test_a_store_that_cannot_be_written_is_still_checked(
