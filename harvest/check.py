@@ -80,26 +80,34 @@ def activations(worker: Worker, sampled: np.ndarray, tick: Callable[[int], objec
     Rows differ where |stored - computed| / |computed| is above the tolerance that the calibration measured. `tick` is
     called with sampled rows done, of each model.
     """
-    store, faults = worker.store, []
+    store = worker.store
+    faults: list[Fault] = []
     for model in store.header.models:
         for shard in np.unique(sampled // store.shard_rows).tolist():
             wanted = sampled[sampled // store.shard_rows == shard]
             differences: dict[str, list[tuple[Tensor, np.ndarray]]] = defaultdict(list)
+            unreadable: dict[str, Fault] = {}
             for batch in worker.maker(model).batches.holding(shard, wanted):
                 for source, x_ND in worker.maker(model).run(batch).items():
-                    differences[source].append((_against(store, source, shard, batch, x_ND), batch.row_N))
+                    try:
+                        difference_N = _against(store, source, batch, x_ND)
+                        differences[source].append((difference_N, batch.row_N))
+                    except StoreDamagedError as error:  # of a packed store, whose chunks are checked as they are read
+                        what = f"cannot be read: {error.value}"
+                        unreadable[source] = Fault(layout.unit_files(source, shard)[0], what, (shard, model))
             tick(len(wanted))
+            faults += unreadable.values()
             for source, found in differences.items():
                 faults += _judged(store, source, shard, model, found)
     return faults
 
 
-def _against(store: Store, source: str, shard: int, batch: Batch, x_ND: Tensor) -> Tensor:
+def _against(store: Store, source: str, batch: Batch, x_ND: Tensor) -> Tensor:
     """Relative differences per row. Masked and clipped rows are what `cast` makes of the computed ones."""
     assert store.header.scale is not None
     scale = store.header.scale[source]
     made = cast(x_ND, scale["factor"], scale["sink_norm"], store.dtype)
-    stored_ND = store.map(f"activations/{source}", shard)[batch.row_N - shard * store.shard_rows]
+    stored_ND = store.stored(source, batch.row_N)
     return difference(made.values_ND.cpu().float(), layout.floats(stored_ND).float())
 
 

@@ -25,6 +25,7 @@ def status(path: Path) -> dict[str, Any]:
         "store": str(path),
         "id": store.header.id,
         "state": state(store),
+        "codec": codec(store),
         "rows": store.rows,
         "units": {model: [sum(name == model for _, name in made), store.shards] for model in store.header.models},
         "bytes": sum(entry["size"] for receipt in receipts for entry in receipt["files"].values()),
@@ -39,6 +40,12 @@ def state(store: Store) -> str:
     if store.condemned[0]:
         return "damaged"
     return "finished" if store.sealed else "planned" if store.header.scale is None else "unfinished"
+
+
+def codec(store: Store) -> str:
+    """How a packed store is encoded; empty for another."""
+    found = store.header.codec
+    return f"{found.name}, level {found.level}" if found else ""
 
 
 def faults(store: Store) -> dict[str, dict[str, int]]:
@@ -84,8 +91,9 @@ def ls(folder: Path, runs: Path) -> list[dict[str, Any]]:
         sources = {name: f"{store.header.models[s.model].path} {s.site}" for name, s in store.header.sources.items()}
         found.append(
             {
-                "store": str(path), "id": store.header.id, "state": state(store), "rows": store.rows,
-                "bytes": files.size_of(path), "sources": sources, "runs": used.get(store.header.id, []),
+                "store": str(path), "id": store.header.id, "state": state(store), "codec": codec(store),
+                "rows": store.rows, "bytes": files.size_of(path), "sources": sources,
+                "runs": used.get(store.header.id, []),
             }
         )  # fmt: skip
     if not found:
@@ -108,9 +116,9 @@ def lines(stores: Sequence[Mapping[str, Any]]) -> list[str]:
     """Stores as people read them: a line each, their sources and runs below."""
     shown = []
     for one in stores:
-        shown.append(
-            f"{one['store']}  {one['state']}  {one['rows']:,} rows  {one['bytes'] / 1e6:,.1f} MB  id {one['id'][:12]}"
-        )
+        packed = f" ({one['codec']})" if one["codec"] else ""
+        size = f"{one['bytes'] / 1e6:,.1f} MB{packed}"
+        shown.append(f"{one['store']}  {one['state']}  {one['rows']:,} rows  {size}  id {one['id'][:12]}")
         shown += [f"  {name}: {what}" for name, what in one["sources"].items()]
         shown += [f"  used by {run}" for run in one["runs"]]
     return shown

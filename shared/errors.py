@@ -76,7 +76,7 @@ class StoreUnfinishedError(StoreError):
 
 
 class StoreDamagedError(StoreError):
-    """A store with files that are missing or not of the recorded size."""
+    """A store with files that are missing, not of the recorded size, or packed and not to be decoded."""
 
 
 class RemoteError(GranaryError):

@@ -17,8 +17,11 @@ from shared.source import Source
 
 TABLE_CHUNK = 2**22  # items per chunk of tokens, segments, documents and batches
 ABSENT = np.uint64(2**64 - 1)  # offset and length of a chunk that a shard does not hold
+LEAST_BLOCK_BYTES = 256 * 1024  # of any source: what a disk reads at full rate
+BYTES = {"name": "bytes", "configuration": {"endian": "little"}}  # the codec of all that is not packed
 GROUP, SEALED, DAMAGED = "zarr.json", "sealed", "damaged"
 CASTAGNOLI = 0x82F63B78  # the polynomial of crc32c, reflected (RFC 3720)
+UNIT_ARRAYS = ("activations", "norms", "faults", "moments")
 Unit = tuple[int, str]  # (shard, model)
 DTYPES = {"float16": "<f2", "bfloat16": "<u2"}  # how activations lie on the disk: NumPy and Zarr know no bfloat16
 NANS = {"float16": np.nan, "bfloat16": 0x7FC0}  # what fills the rows that a last chunk lacks
@@ -35,6 +38,7 @@ class Array:
     shard: tuple[int, ...] | None = None
     fill: float = 0
     attributes: dict[str, Any] = field(default_factory=dict)
+    codecs: Sequence[Any] = ()  # of a chunk, as zarr.json spells them; none: its bytes as they are
 
 
 def table_array(name: str, values: np.ndarray, shard_rows: int) -> Array:
@@ -44,9 +48,11 @@ def table_array(name: str, values: np.ndarray, shard_rows: int) -> Array:
     return Array(values.shape, values.dtype.str, (chunk,), (dim,))
 
 
-def unit_arrays(source: Source, plan: Mapping[str, Any], factor: float) -> dict[str, Array]:
-    """{name: array} of all that the units of one source fill."""
-    n, s, c, fields = plan["rows"], plan["shard_rows"], plan["chunk_rows"], packed_fields(source.width)
+def unit_arrays(
+    source: Source, plan: Mapping[str, Any], factor: float, chunk_rows: int, codecs: Sequence[dict[str, Any]] = ()
+) -> dict[str, Array]:
+    """{name: array} of all that the units of one source fill; chunks and codecs are those of its activations."""
+    n, s, c, fields = plan["rows"], plan["shard_rows"], chunk_rows, packed_fields(source.width)
     k = fields["norm_histogram"][1]
     shape = {"heads": source.heads, "head_dim": source.width // source.heads} if source.heads else {}
     dtype = plan["dtype"]
@@ -54,7 +60,7 @@ def unit_arrays(source: Source, plan: Mapping[str, Any], factor: float) -> dict[
     return {
         f"activations/{source.name}": Array(
             (n, source.width), DTYPES[dtype], (c, source.width), ("row", f"width_{source.name}"),
-            (s, source.width), NANS[dtype], {"scale_factor": factor, **shape, **kind},
+            (s, source.width), NANS[dtype], {"scale_factor": factor, **shape, **kind}, codecs,
         ),
         f"norms/{source.name}": Array((n,), "<f4", (s,), ("row",), fill=np.nan),
         f"faults/{source.name}": Array((n,), "|u1", (s,), ("row",)),
@@ -65,6 +71,13 @@ def unit_arrays(source: Source, plan: Mapping[str, Any], factor: float) -> dict[
     }  # fmt: skip
 
 
+def is_packed(meta: Mapping[str, Any]) -> bool:
+    """Whether the chunks of an array are anything but their bytes, by its zarr.json."""
+    outer = meta["codecs"][0]
+    codecs = outer["configuration"]["codecs"] if outer["name"] == "sharding_indexed" else meta["codecs"]
+    return any(codec["name"] != BYTES["name"] for codec in codecs)
+
+
 def chunk_file(name: str, index: Sequence[int]) -> str:
     """The file of one chunk (or shard) of an array, below the store's folder."""
     return "/".join([name, "c", *map(str, index)])
@@ -72,8 +85,8 @@ def chunk_file(name: str, index: Sequence[int]) -> str:
 
 def unit_files(source: str, shard: int) -> list[str]:
     """The files that one unit writes of one of its sources."""
-    index = {"activations": (shard, 0), "norms": (shard,), "faults": (shard,), "moments": (shard, 0, 0)}
-    return [chunk_file(f"{kind}/{source}", at) for kind, at in index.items()]
+    index = ((shard, 0), (shard,), (shard,), (shard, 0, 0))
+    return [chunk_file(f"{kind}/{source}", at) for kind, at in zip(UNIT_ARRAYS, index, strict=True)]
 
 
 def receipt_file(unit: Unit | None) -> str:
@@ -87,6 +100,23 @@ def shard_index(lengths: Sequence[int], slots: int) -> bytes:
     index[: len(lengths), 1] = lengths
     index[: len(lengths), 0] = np.cumsum([0, *lengths[:-1]])
     return index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little")
+
+
+def parse_index(data: bytes, slots: int) -> np.ndarray | None:
+    """[slots, 2] of offsets and lengths, from the last bytes of a shard file; none where they are no index."""
+    if len(data) != index_bytes(slots) or crc32c([data[:-4]]).to_bytes(4, "little") != data[-4:]:
+        return None
+    return np.frombuffer(data[:-4], "<u8").reshape(slots, 2)
+
+
+def index_bytes(slots: int) -> int:
+    return 16 * slots + 4
+
+
+def block_rows(chunk_rows: int, row_bytes: int) -> int:
+    """Rows that are read together: the smallest divisor of a chunk with 256 KiB of a source, else the whole chunk."""
+    divisors = (n for n in range(1, chunk_rows + 1) if chunk_rows % n == 0)
+    return next((n for n in divisors if n * row_bytes >= LEAST_BLOCK_BYTES), chunk_rows)
 
 
 def padded(values: np.ndarray, length: int, fill: float) -> np.ndarray:

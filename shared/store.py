@@ -3,11 +3,11 @@
 Letters: N rows, S rows per shard, C rows per chunk, D width of a source, K length of packed moments.
 """
 
-import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,16 @@ import numpy as np
 import torch
 import zarr
 
-from shared import config, files, layout
-from shared.errors import StoreDamagedError, StoreError, StoreMismatchError, StoreUnfinishedError
+from shared import files, layout
+from shared.errors import StoreDamagedError, StoreError, StoreUnfinishedError
+from shared.header import Header
 from shared.layout import DAMAGED, GROUP, SEALED, Unit, crc32c, padded, raw
 from shared.moments import CLASSES, Moments
-from shared.source import Model, Source
+from shared.shard import THREADS, Files, Form, Shards, form_of
+from shared.source import Source
 
 if TYPE_CHECKING:
     import dask.array
-
-FORMAT = 1
 
 FIRST, BOS, SPECIAL = 1, 2, 4  # bits of rows/<model>/flags
 ROLES = (
@@ -40,55 +40,6 @@ TRAIN, HELD_OUT = 0, 1  # documents/split
 
 
 @dataclass(frozen=True)
-class Header:
-    """attributes.granary of the group."""
-
-    spec: dict[str, Any]
-    models: dict[str, Model]
-    sources: dict[str, Source]
-    plan: dict[str, Any]
-    scale: dict[str, dict[str, float]] | None = None
-
-    @cached_property
-    def id(self) -> str:
-        return config.fingerprint(self.spec)
-
-    def attributes(self) -> dict[str, Any]:
-        return {"granary": {"format": FORMAT, "id": self.id, **asdict(self)}}
-
-    @classmethod
-    def read(cls, path: Path) -> "Header":
-        try:
-            data = (path / GROUP).read_bytes()
-        except OSError:
-            data = b""
-        return cls.parse(data, path)
-
-    @classmethod
-    def parse(cls, group: bytes, path: object) -> "Header":
-        """The header in the bytes of a store's zarr.json. Raises StoreError, naming `path`, where there is none."""
-        try:
-            data = json.loads(group)["attributes"]["granary"]
-            if data["format"] != FORMAT:
-                raise StoreError("another format of store", data["format"], f"This version reads format {FORMAT}")
-            models = {name: Model(**model) for name, model in data["models"].items()}
-            sources = {name: Source(**source) for name, source in data["sources"].items()}
-            return cls(data["spec"], models, sources, data["plan"], data["scale"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            way_out = "Give the folder NAME.zarr that harvest run wrote"
-            raise StoreError("no Granary store here", path, way_out) from None
-
-    def require_same(self, spec: Mapping[str, Any], path: object) -> None:
-        """Raises StoreMismatchError where this store, which is at `path`, was made from another spec."""
-        if self.id != config.fingerprint(spec):
-            fields = "; ".join(config.differences(self.spec, spec))
-            raise StoreMismatchError(
-                f"another store is at {path}, and these fields differ (stored -> asked)", fields,
-                "Give another path (store.path), or the configuration that the stored one was made from",
-            )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Part:
     """What one unit stores of one source: rows, their norms and faults, moments per class, and a count (cast.Cast)."""
 
@@ -100,7 +51,7 @@ class Part:
 
 
 class Store:
-    """A store, finished or not. Reading is by memory map and needs no zarr."""
+    """A store, finished or not. Reading is by memory map, or by decoding what is packed, and needs no zarr."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
@@ -160,7 +111,8 @@ class Store:
     def _unit_arrays(self) -> dict[str, layout.Array]:
         found: dict[str, layout.Array] = {}
         for name, source in self.header.sources.items():
-            found |= layout.unit_arrays(source, self.header.plan, self.factor(name))
+            form, factor = self.form(name), self.factor(name)
+            found |= layout.unit_arrays(source, self.header.plan, factor, form.chunk_rows, form.codecs)
         return found
 
     def put(self, shard: int, model: str, parts: Mapping[str, Part], made_with: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +128,7 @@ class Store:
             stored = layout.DTYPES[self.header.plan["dtype"]]
             assert (part.activations_ND.dtype, part.norms_N.dtype, part.faults_N.dtype) == (stored, "f4", "u1")
             activations, norms, faults, moments = layout.unit_files(name, shard)
-            written |= self._write_shard(activations, part.activations_ND)
+            written |= {activations: self.form(name).write(self.path / activations, part.activations_ND)}
             written |= self._write(norms, padded(part.norms_N, self.shard_rows, np.nan))
             written |= self._write(faults, padded(part.faults_N, self.shard_rows, 0))
             written |= self._write(moments, part.moments_XK)
@@ -191,6 +143,7 @@ class Store:
             "files": written,
             "faults": counts,
             **made_with,
+            "versions": {**made_with["versions"], **self.form(names[0]).versions},
         }
         files.write_json(self.path / layout.receipt_file((shard, model)), receipt)
         return receipt
@@ -297,9 +250,35 @@ class Store:
     def rows_of(self, shard: int) -> range:
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
 
+    def form(self, source: str) -> Form:
+        """How the activations of a source lie in their shard files."""
+        return form_of(self.source(source), self.header.plan, self.header.codec)
+
+    def activations(self, source: str) -> Shards:
+        """The rows of a source as they were stored, open to be read; layout.floats makes numbers of them."""
+
+        def path(shard: int) -> Path:
+            return self.path / layout.unit_files(source, shard)[0]
+
+        def crcs(shard: int) -> list[int]:
+            receipt = files.read_json(self.path / layout.receipt_file((shard, self.source(source).model)))
+            found: list[int] = receipt["files"][layout.unit_files(source, shard)[0]]["chunks"]
+            return found
+
+        return self.form(source).open(Files(self.rows, path, crcs))
+
+    def stored(self, source: str, rows_B: np.ndarray) -> np.ndarray:
+        """These rows of a source as they were stored: [B, D]. layout.floats makes numbers of them."""
+        out_BD = np.empty((len(rows_B), self.source(source).width), layout.DTYPES[self.header.plan["dtype"]])
+        with ThreadPoolExecutor(THREADS, "decode") as pool:
+            self.activations(source).take(rows_B, out_BD, pool)
+        return out_BD
+
     def map(self, name: str, index: int = 0) -> np.ndarray:
-        """A read-only memory map of file `index` of the array `name`, without padding."""
+        """A read-only memory map of file `index` of the array `name`, without padding. Refuses what is packed."""
         meta = files.read_json(self.path / name / "zarr.json")
+        if layout.is_packed(meta):
+            raise StoreError("this array is packed and cannot be mapped", name, "Take its rows by read or stored")
         shape, chunk = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
         length = min(chunk[0], shape[0] - index * chunk[0])
         dtype = np.dtype(meta["data_type"]).newbyteorder("<")
@@ -327,15 +306,10 @@ class Store:
 
     def read(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """Rows [start:stop] as Python slices them, in the model's own units: {source: float32 [rows, width]}."""
-        start, stop, _ = slice(start, stop).indices(self.rows)
-        found = {}
-        for name, source in self.header.sources.items():
-            pieces = [np.empty((0, source.width), layout.DTYPES[self.header.plan["dtype"]])]
-            for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
-                first = shard * self.shard_rows
-                pieces.append(self.map(f"activations/{name}", shard)[max(start - first, 0) : stop - first])
-            found[name] = layout.floats(np.concatenate(pieces)).float() * self.factor(name)
-        return found
+        rows_B = np.arange(*slice(start, stop).indices(self.rows))
+        return {
+            name: layout.floats(self.stored(name, rows_B)).float() * self.factor(name) for name in self.header.sources
+        }
 
     def dask(self, source: str, block_rows: int = 65_536) -> "dask.array.Array":
         """The rows of a source in the model's own units, lazily: float32 [N, width], no block across two shards.
@@ -346,16 +320,16 @@ class Store:
 
         width, blocks = self.source(source).width, []
         for shard in range(self.shards):
-            count = len(self.rows_of(shard))
-            for start in range(0, count, block_rows):
-                piece = dask.delayed(self._piece)(source, shard, start, min(start + block_rows, count))
-                shape = (min(block_rows, count - start), width)
+            rows = self.rows_of(shard)
+            for start in range(rows.start, rows.stop, block_rows):
+                piece = dask.delayed(self._piece)(source, start, min(start + block_rows, rows.stop))
+                shape = (min(block_rows, rows.stop - start), width)
                 blocks.append(dask.array.from_delayed(piece, shape, np.float32))
         return dask.array.concatenate(blocks)
 
-    def _piece(self, source: str, shard: int, start: int, stop: int) -> np.ndarray:
-        stored_ND = self.map(f"activations/{source}", shard)[start:stop]
-        return layout.floats(np.array(stored_ND)).float().numpy() * np.float32(self.factor(source))
+    def _piece(self, source: str, start: int, stop: int) -> np.ndarray:
+        stored_BD = self.stored(source, np.arange(start, stop))
+        return layout.floats(stored_BD).float().numpy() * np.float32(self.factor(source))
 
     def moments(self, source: str, classes: Iterable[str]) -> Moments:
         """The moments of all rows of these classes, in the model's own units, merged in shard order."""
@@ -383,35 +357,21 @@ class Store:
             zarr.open_group(self.path, path="/".join(groups[: depth + 1]), mode="a", zarr_format=3)
         if (self.path / name / GROUP).exists():
             return
-        zarr.create_array(
-            self.path, name=name, shape=array.shape, dtype=array.dtype, chunks=array.chunk, shards=array.shard,
-            filters=None, compressors=None, fill_value=array.fill, dimension_names=array.dims,
-            attributes=array.attributes, zarr_format=3,
-        )  # fmt: skip
+        codecs: Sequence[Any] = array.codecs or ("auto",)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Numcodecs codecs are not in the Zarr version 3"
+            )  # pcodec: STORE.md says it
+            zarr.create_array(
+                self.path, name=name, shape=array.shape, dtype=array.dtype, chunks=array.chunk, shards=array.shard,
+                filters=None, serializer=codecs[0], compressors=codecs[1:] or None, fill_value=array.fill,
+                dimension_names=array.dims, attributes=array.attributes, zarr_format=3,
+            )  # fmt: skip
 
     def _write(self, name: str, values: np.ndarray) -> dict[str, Any]:
         data = raw(values)
         files.write_atomic(self.path / name, [data])
         return {name: {"size": len(data), "crc32c": crc32c([data])}}
-
-    def _write_shard(self, name: str, rows_ND: np.ndarray) -> dict[str, Any]:
-        starts = range(0, len(rows_ND), self.chunk_rows)
-        fill = layout.NANS[self.header.plan["dtype"]]
-        chunks = [raw(padded(rows_ND[i : i + self.chunk_rows], self.chunk_rows, fill)) for i in starts]
-        sizes = [len(chunk) for chunk in chunks]
-        index = layout.shard_index(sizes, self.shard_rows // self.chunk_rows)
-        parts: list[bytes | memoryview] = [*chunks, index]
-        crcs: list[int] = []
-
-        def summed() -> Iterator[bytes | memoryview]:
-            for part in parts:
-                crcs.append(crc32c([part]))  # once, and while the write finds it in the processor's cache
-                yield part
-
-        files.write_atomic(self.path / name, summed())
-        sizes.append(len(index))
-        whole = layout.crc32c_joined(zip(crcs, sizes, strict=True))
-        return {name: {"size": sum(sizes), "crc32c": whole, "chunks": crcs[:-1]}}
 
 
 def role_flag(role: str) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from shared import files, layout
 from shared.layout import GROUP, SEALED, Unit, crc32c
@@ -55,7 +55,7 @@ def full(store: Store, threads: int = 8, tick: Callable[[int], object] = int) ->
     bad = {fault.file for fault in faults}
     entries = [entry for entry in read_receipts(store)[0] if entry.name not in bad]
     with ThreadPoolExecutor(threads, "checksum") as pool:
-        for entry, found in zip(entries, pool.map(lambda one: _summed(store, one), entries), strict=True):
+        for entry, found in zip(entries, pool.map(lambda one: summed(store, one), entries), strict=True):
             faults += found
             tick(entry.size)
     return faults
@@ -108,7 +108,8 @@ def _sized(name: str, found: int | None, size: int, unit: Unit | None) -> list[F
     return [] if found == size else [Fault(name, f"has {found} bytes, not {size}", unit)]
 
 
-def _summed(store: Store, entry: Entry) -> list[Fault]:
+def summed(store: Store, entry: Entry) -> list[Fault]:
+    """What the checksum of one file of the right size says."""
     with (store.path / entry.name).open("rb") as file:
         if crc32c(iter(lambda: file.read(BLOCK), b"")) == entry.crc32c:
             return []
@@ -119,15 +120,27 @@ def _summed(store: Store, entry: Entry) -> list[Fault]:
 def _rows(store: Store, entry: Entry) -> str:
     """Where in a shard file the bytes are not those that were written."""
     assert entry.unit is not None
-    index_size = 16 * (store.shard_rows // store.chunk_rows) + 4
-    size = (entry.size - index_size) // len(entry.chunks)
+    form = store.form(entry.name.split("/")[1])
     with (store.path / entry.name).open("rb") as file:
-        bad = [index for index, crc in enumerate(entry.chunks) if crc32c([file.read(size)]) != crc]
+        file.seek(entry.size - layout.index_bytes(form.slots))
+        index = layout.parse_index(file.read(), form.slots)
+        if index is None:
+            return " in its index"
+        bad = [
+            chunk
+            for chunk, crc in enumerate(entry.chunks)
+            if _crc_of(file, *index[chunk].clip(max=entry.size).tolist()) != crc
+        ]
     if not bad:
         return " in its index"
     rows = store.rows_of(entry.unit[0])
-    first, stop = (rows.start + index * store.chunk_rows for index in (bad[0], bad[-1] + 1))
+    first, stop = (rows.start + chunk * form.chunk_rows for chunk in (bad[0], bad[-1] + 1))
     return f" in {len(bad)} of {len(entry.chunks)} chunks, rows {first} to {min(stop, rows.stop) - 1}"
+
+
+def _crc_of(file: BinaryIO, offset: int, length: int) -> int:
+    file.seek(offset)
+    return crc32c([file.read(length)])
 
 
 def _sealed(store: Store) -> Iterator[Fault]:

@@ -4,11 +4,13 @@ Letters: N rows, D width of a source, n documents, G segments, X classes, K leng
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from shared.codec import Packing
 from shared.moments import CLASSES, Moments, class_of
 from shared.source import Model, Source
 from shared.store import CLIPPED, FIRST, HELD_OUT, MASKED, SINK, SPECIAL, Header, Part, Store
@@ -35,6 +37,7 @@ def make_store(
     faults: Mapping[str, np.ndarray] | None = None,  # {source: uint8 [N]} written as they are
     split: np.ndarray | None = None,  # uint8 [n] instead of a draw
     seed: int = 0,
+    packing: Packing | None = None,  # how the activations are encoded
 ) -> Store:
     """A finished store at `path`. Every row of a document is one token of one segment; all models read the same."""
     rng = np.random.default_rng(seed)
@@ -47,7 +50,8 @@ def make_store(
     drawn = {name: _flags(rng, position_N, special) for name in dict.fromkeys(of.values())}
     flags_N = {**drawn, **(flags or {})}
     tables = _tables(rows, shard_rows, row_n, split_n, document_N, position_N, flags_N)
-    store = Store.create(path, _header(rows, shard_rows, chunk_rows, widths, of, tables), tables)
+    header = replace(_header(rows, shard_rows, chunk_rows, widths, of, tables), codec=packing)
+    store = Store.create(path, header, tables)
 
     factors = {name: (factor or {}).get(name, 1.0) for name in widths}
     x = {name: _values(rng, rows, width, factors[name], sink, masked, clipped) for name, width in widths.items()}

@@ -127,7 +127,8 @@ def _parameter(name: str, annotation: Any, info: Any) -> Parameter:
     kind = "flag" if flag else spelled(_without_none(annotation))
     if several:
         kind = kind.removeprefix("list of ") + ", repeatable"
-    default = "required" if info.default in (..., None) and argument else _default(info.default)
+    required = info.default is ... or (info.default is None and argument)
+    default = "required" if required else _default(info.default)
     names = info.param_decls or ([name.upper()] if argument else [f"--{name.replace('_', '-')}"])
     return Parameter(
         tuple(names), kind, "" if default in ("none", "false") else default, info.help or "", argument, flag

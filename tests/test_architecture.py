@@ -28,6 +28,9 @@ MODULES: dict[str, dict[str, str]] = {
         "source": "Model and Source: what a row comes from",
         "moments": "exact, mergeable count, mean, spread, maximum and norms, per class of row",
         "layout": "pure: the arrays of STORE.md, the names of their files and their bytes",
+        "codec": "chunks of activations in fewer bytes",
+        "header": "what a store says of itself",
+        "shard": "the rows of one source in its shard files, raw or packed",
         "store": "the store on disk, as STORE.md says: create, put, seal, open, map",
         "verify": "is a store sound: receipts and sizes, or every checksum",
         "models": "models and tokenizers from a folder, a GGUF file, a package or a hub id",
@@ -59,11 +62,14 @@ MODULES: dict[str, dict[str, str]] = {
         "inspect": "rows side by side, for people",
         "check": "a sample of rows, run again and decoded",
         "overview": "what stores there are, how far they are, which runs used them",
-        "cli": "harvest run | plan | sites | status | ls | verify | repair | pull | inspect",
+        "pack": "a finished store once more, its activations compressed",
+        "console": "options and results of the commands",
+        "upkeep": "harvest status | ls | verify | repair | pack | pull | inspect",
+        "cli": "harvest run | plan | sites, and those of upkeep",
     },
     "train": {
         "order": "pure: (seed, step) -> the rows of a batch; resume is one integer",
-        "reader": "memory-mapped shards -> the rows of a batch; which rows a run keeps",
+        "reader": "shards, mapped or decoded ahead -> the rows of a batch; which rows a run keeps",
         "loader": "threads -> a ring of slots -> batches on the device",
         "schedule": "values over steps, as polylines",
         "wiring": "spans: which latents each source reads into and writes from",
@@ -92,6 +98,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch": EVERYWHERE,
     "numpy": EVERYWHERE,
     "zarr": ("shared/store.py",),
+    "numcodecs": ("shared/codec.py",),
     "google_crc32c": ("shared/layout.py", "shared/remote.py"),  # there as bytes arrive
     "obstore": ("shared/remote.py",),  # of the extra `s3`, inside Remote alone
     "transformers": ("shared/models.py",),
@@ -106,7 +113,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "pyarrow": ("harvest/corpus.py",),
     "dask": ("harvest/cluster.py", "shared/store.py"),  # there inside Store.dask alone
     "distributed": ("harvest/cluster.py",),
-    "typer": ("harvest/cli.py", "train/cli.py"),
+    "typer": ("harvest/console.py", "harvest/upkeep.py", "harvest/cli.py", "train/cli.py"),
     "matplotlib": ("train/report.py",),
     "tokenizers": (),
     "wandb": (),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shared import config as configs
-from shared import files
+from shared import files, layout
 from shared.device import device_of, torch_threads
 from shared.errors import CheckpointError, ConfigError, TrainingError
 from shared.log import Log, bar
@@ -20,7 +20,7 @@ from shared.store import Store
 from train import checkpoint, dictionary, measure, report, scale, wiring
 from train.config import TrainConfig
 from train.loader import Loader
-from train.order import Order, companions, default_block_rows, default_window_blocks
+from train.order import Order, companions, default_window_blocks
 from train.reader import kept_rows
 from train.trainer import Trainer
 
@@ -112,7 +112,7 @@ def _origin(store: Store, sources: list[str]) -> dict[str, Any]:
 
 
 def _block_rows(store: Store, widths: Mapping[str, int]) -> int:
-    return default_block_rows(store.chunk_rows, 2 * min(widths.values()))
+    return layout.block_rows(store.chunk_rows, 2 * min(widths.values()))
 
 
 def _require_free(folder: str | Path | None) -> None:

@@ -57,7 +57,8 @@ class Loader:
         self._reader = Reader(store, sources)
         self._factors = {name: store.factor(name) for name in sources}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._drawing, self._front = threading.Lock(), -1
+        self._drawing = threading.Lock()
+        self._asked = self._passed = -1  # how far in the line of blocks; none yet
         self._steps = iter(steps)
         self._flying: deque[tuple[Future[Rows], _Slot]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="granary-loader")
@@ -123,21 +124,26 @@ class Loader:
             slot.read.synchronize()
         with self._drawing:  # else several threads would permute the same window at once
             rows_B = self.order.step(step, self.batch, self.rank, self.world)
-            before = self._front
-            after = max(before, self.order.front((step * self.world + self.rank) * self.batch))
-            self._front = after
-        self._look_ahead(before, after)
+            coming, passed = self._reach((step * self.world + self.rank) * self.batch)
+        self._reader.will_need(self.order.starts(coming.start, coming.stop), self.order.block_rows)
+        self._reader.forget(self.order.starts(passed.start, passed.stop), self.order.block_rows)
         rows_B = self._reader.gather(rows_B, slot.arrays)
         return Rows(self._send(slot), torch.from_numpy(rows_B))
 
-    def _look_ahead(self, before: int, after: int) -> None:
-        """Ask for the blocks that come into reach as the stream goes on, and give back those of the last window."""
+    def _reach(self, position: int) -> tuple[range, range]:
+        """Which blocks, of the endless line of them, come into reach at this batch, and which are a window back now.
+
+        Each is asked for and given back once; a block that comes twice, in two epochs, twice.
+        """
         order, window = self.order, self.order.window_blocks
-        if before < 0:
-            self._reader.will_need(order.starts(after, after + window), order.block_rows)
-        elif window < order.blocks:
-            self._reader.will_need(order.starts(before + window, after + window), order.block_rows)
-            self._reader.forget(order.starts(max(before - window, 0), max(after - window, 0)), order.block_rows)
+        if self._asked < 0:
+            self._asked = self._passed = order.opened(position)
+        elif window == order.blocks:  # everything stays
+            return range(0), range(0)
+        asked, passed = self._asked, self._passed
+        self._asked = max(asked, order.front(position + self.batch - 1) + window)
+        self._passed = max(passed, order.front(position) - window)
+        return range(asked, self._asked), range(passed, self._passed)
 
     def _send(self, slot: _Slot) -> dict[str, torch.Tensor]:
         """Copies on the device, cast there, so that half the bytes travel."""

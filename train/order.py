@@ -10,7 +10,6 @@ import numpy as np
 
 from shared.errors import StoreError
 
-LEAST_BLOCK_BYTES = 256 * 1024  # of any source: what a disk reads at full rate
 MOST_COMPANIONS = 0.5
 SAMPLE_ITEMS = 2**22  # items of the working arrays of `sample`: 32 MiB each
 MASK = 2**64 - 1
@@ -60,6 +59,11 @@ class Order:
             parts.append(self._window(epoch, window)[skipped : skipped + stop - start])
             start += len(parts[-1])
         return np.concatenate(parts)
+
+    def opened(self, position: int) -> int:
+        """The first block of the window that is open at `position`, in the endless line of blocks."""
+        epoch, window, _ = self._place(position)
+        return epoch * self.blocks + window * self.window_blocks
 
     def front(self, position: int) -> int:
         """How far the stream has come at `position`, in blocks of the endless line of blocks.
@@ -139,12 +143,6 @@ def splitmix64(key: int, index: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
-
-
-def default_block_rows(chunk_rows: int, narrowest_row_bytes: int) -> int:
-    """Rows per block: the smallest divisor of a chunk with 256 KiB of the narrowest source, else the whole chunk."""
-    divisors = (n for n in range(1, chunk_rows + 1) if chunk_rows % n == 0)
-    return next((n for n in divisors if n * narrowest_row_bytes >= LEAST_BLOCK_BYTES), chunk_rows)
 
 
 def default_window_blocks(batch: int) -> int:

@@ -1,24 +1,22 @@
-"""Rows of a store from its memory maps, and the filter that says which rows a run keeps.
+"""Rows of a store from its shards, and the filter that says which rows a run keeps.
 
 Letters: N rows of the store, B rows of a batch, D width of a source, n documents.
 """
 
-import ctypes
-import mmap
 import resource
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from shared import config, layout
 from shared.errors import StoreError
+from shared.shard import THREADS
 from shared.store import FIRST, MASKED, SINK, SPECIAL, TRAIN, Store
 
 RULES = ("special", "first", "sink")  # what the default filter drops beside masked rows and the other split
 SPARE_FILES = 256  # descriptors left to the rest of the process
-
-_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,9 @@ def _hits(store: Store, sources: list[str], models: list[str], shard: int) -> di
 
 
 class Reader:
-    """Rows of some sources of a store, straight from its memory maps. Safe to use from several threads.
+    """Rows of some sources of a store: from its memory maps, or from chunks that threads of its own decode ahead.
+
+    Safe to use from several threads.
 
     Stored values are served as they lie on the disk (`dtype`; numbers by layout.floats): multiply by
     `store.factor(source)` for the model's own units.
@@ -79,21 +79,18 @@ class Reader:
         self.widths = {name: store.source(name).width for name in sources}
         self.dtype = np.dtype(layout.DTYPES[store.header.plan["dtype"]])
         _allow_files(len(self.widths) * store.shards)
-        self._maps = {name: _open(store, name) for name in self.widths}
-        self._ends = np.arange(1, store.shards + 1) * store.shard_rows
+        self._sources = {name: store.activations(name) for name in self.widths}
+        self._pool = ThreadPoolExecutor(THREADS, "granary-decode")  # without a thread where nothing is packed
 
     def gather(self, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Fill `out` {source: [B, width]} with these rows, in file order. Returns the rows in that order."""
+        """Fill `out` {source: [B, width]} with these rows, in file order. Returns the rows in that order.
+
+        Raises StoreDamagedError where a packed chunk cannot be read.
+        """
         rows_B = np.sort(rows_B)
         assert not len(rows_B) or (rows_B[0] >= 0 and rows_B[-1] < self.store.rows)
-        stops = np.searchsorted(rows_B, self._ends)
-        counts = np.diff(stops, prepend=0)
-        for shard in np.flatnonzero(counts).tolist():
-            part = slice(stops[shard] - counts[shard], stops[shard])
-            local = rows_B[part] - shard * self.store.shard_rows
-            for name, out_BD in out.items():
-                # The default mode, "raise", gathers into a temporary array first.
-                np.take(self._maps[name][shard], local, axis=0, out=out_BD[part], mode="clip")
+        for name, out_BD in out.items():
+            self._sources[name].take(rows_B, out_BD, self._pool)
         return rows_B
 
     def stream(self, rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
@@ -105,25 +102,24 @@ class Reader:
             self.forget(rows_B[:1], int(rows_B[-1] - rows_B[0]) + 1)
 
     def will_need(self, starts: np.ndarray, length: int) -> None:
-        """Ask the kernel to fetch the `length` rows from each of `starts`. Returns before they are there."""
-        self._advise(starts, length, mmap.MADV_WILLNEED)
+        """Have the `length` rows from each of `starts` fetched. Returns before they are there.
+
+        What is packed is decoded, and kept until it was forgotten as many times as it was asked for.
+        """
+        for start in starts.tolist():
+            for source in self._sources.values():
+                source.will_need(start, min(start + length, self.store.rows), self._pool)
 
     def forget(self, starts: np.ndarray, length: int) -> None:
         """Give back the memory of the `length` rows from each of `starts`; the kernel may keep them in its cache."""
-        self._advise(starts, length, mmap.MADV_DONTNEED)
-
-    def _advise(self, starts: np.ndarray, length: int, advice: int) -> None:
-        size = self.store.shard_rows
         for start in starts.tolist():
-            stop = min(start + length, self.store.rows)
-            for shard in range(start // size, -(-stop // size)):
-                rows = slice(max(start - shard * size, 0), stop - shard * size)
-                for maps in self._maps.values():
-                    _madvise(maps[shard][rows], advice)
+            for source in self._sources.values():
+                source.forget(start, min(start + length, self.store.rows))
 
     def close(self) -> None:
-        """Drop the maps; each is unmapped with its last reference."""
-        self._maps = {}
+        """Stop the threads and drop the shards; each is closed with its last reference."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._sources = {}
 
     def __enter__(self) -> "Reader":
         return self
@@ -132,21 +128,10 @@ class Reader:
         self.close()
 
 
-def _open(store: Store, source: str) -> list[np.ndarray]:
-    return [np.asarray(store.map(f"activations/{source}", shard)) for shard in range(store.shards)]
-
-
-def _madvise(rows_ND: np.ndarray, advice: int) -> None:
-    """madvise(2) on the pages of mapped rows. mmap.madvise would hold the GIL while the kernel queues the reads."""
-    address = rows_ND.ctypes.data
-    start = address - address % mmap.PAGESIZE
-    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + rows_ND.nbytes - start), advice)
-
-
-def _allow_files(maps: int) -> None:
-    """Raise the limit of open files for `maps` maps, each of which holds a descriptor. Raises StoreError."""
+def _allow_files(shards: int) -> None:
+    """Raise the limit of open files for so many shards, each of which holds a descriptor. Raises StoreError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = maps + SPARE_FILES
+    needed = shards + SPARE_FILES
     if soft == resource.RLIM_INFINITY or needed <= soft:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:

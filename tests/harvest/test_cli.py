@@ -8,81 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 
 from harvest import cli, lock, unit
 from shared import files, models
 from shared.store import Store
-from tests.harvest.pair import config, tree
-from tests.tiny import TEXTS
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Harvest = Callable[..., Done]
+from tests.harvest.command import Harvest, assert_one_line, config_of, write_config
+from tests.harvest.pair import tree
 
 
 @pytest.fixture
-def harvest(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Harvest:
-    """Runs the command in this process."""
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["harvest", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Done(int(ended.value.code or 0), *capfd.readouterr())
-
-    return run
-
-
-def write_config(home: Path, folder: Path, **tables: Any) -> Path:
-    file = folder / "pair.toml"
-    made = config(home, folder / "pair.zarr", rows={"context": 24, "count": 120}).model_dump(exclude_none=True)
-    for name, values in tables.items():
-        made[name] = {**made[name], **values}
-    file.write_text(tomli_w.dumps(made))
-    return file
-
-
-@pytest.fixture(scope="module")
-def pair(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A finished store beside its config, made in a subprocess: the whole command, as for a user."""
-    folder = tmp_path_factory.mktemp("cli")
-    file = write_config(home, folder)
-    done = subprocess.run(
-        [sys.executable, "-c", "from harvest.cli import main; main()", "run", str(file), "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["store"] == str(folder / "pair.zarr")
-    assert result["rows"] == 120
-    assert set(result["scale_factor"]) == {"early", "inner", "gemma"}
-    assert result["faults"]["gemma"]["clipped"] == result["faults"]["gemma"]["masked"] == 0
-    assert "planned 120 rows" in done.stderr
-    assert "Traceback" not in done.stderr
-    return Store.open(folder / "pair.zarr")
-
-
-def config_of(pair: Store) -> Path:
-    return pair.path.with_suffix(".toml")
+def pair(typed: Store) -> Store:
+    return typed
 
 
 # --- what it prints -------------------------------------------------------------------------------------------------
@@ -158,97 +100,14 @@ def test_flags_and_settings_reach_the_run(harvest: Harvest, home: Path, tmp_path
     assert json.loads((store.path / "receipts" / "00000.gemma.json").read_text())["threads"] == 2
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "sites", "inspect", "status", "verify", "repair", "ls"])
+@pytest.mark.parametrize("command", ["run", "plan", "sites", "inspect", "status", "verify", "repair", "ls", "pack"])
 def test_every_command_has_help_with_an_example(harvest: Harvest, command: str) -> None:
     done = harvest(command, "--help")
     assert done.code == 0
     assert f"Example: harvest {command}" in done.out
 
 
-# --- inspect --------------------------------------------------------------------------------------------------------
-
-
-def test_inspect_shows_aligned_tokens_side_by_side_with_norms(harvest: Harvest, pair: Store) -> None:
-    records = harvest("inspect", pair.path, "--rows", "0:120", "--json").json
-    assert [record["row"] for record in records] == list(range(120))
-    texts = {f"doc {number}": text for number, text in enumerate(TEXTS)}
-    norms = pair.column("norms/gemma")
-    for record in records:
-        first, second = record["models"]["llama"], record["models"]["gemma"]
-        one, two = first["token"], second["token"]
-        assert one.endswith(two) or two.endswith(one)
-        assert one
-        assert two
-        assert one in texts[record["document"]]
-        assert record["sources"]["gemma"] == {"norm": pytest.approx(float(norms[record["row"]])), "faults": []}
-        assert second["position"] == first["position"] + 1 or record["row"] > 0
-    assert records[0]["models"]["llama"]["flags"] == ["first"]
-    lines = harvest("inspect", pair.path).out.splitlines()
-    assert len(lines) == 21
-    assert lines[0].split() == [
-        "row",
-        "document",
-        "llama",
-        "llama@",
-        "gemma",
-        "gemma@",
-        "|early|",
-        "|inner|",
-        "|gemma|",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("rows", "shown"),
-    [("7", [7]), ("3:5", [3, 4]), ("118:", [118, 119]), (":2", [0, 1]), ("119:999", [119])],
-)
-def test_inspect_takes_a_row_or_a_range(harvest: Harvest, pair: Store, rows: str, shown: list[int]) -> None:
-    assert [record["row"] for record in harvest("inspect", pair.path, "--rows", rows, "--json").json] == shown
-
-
-def test_inspect_finds_a_tokenizer_that_has_moved(harvest: Harvest, home: Path, pair: Store, tmp_path: Path) -> None:
-    moved = shutil.copytree(home / "gemma", tmp_path / "gemma")
-    expected = harvest("inspect", pair.path).out
-    hidden = home / "hidden"
-    (home / "gemma").rename(hidden)
-    try:
-        refused = harvest("inspect", pair.path)
-        found = harvest("inspect", pair.path, "--model", f"gemma={moved}")
-    finally:
-        hidden.rename(home / "gemma")
-    assert found.out == expected
-    assert refused.code == 2
-    assert refused.err == f"error: no such model: {home / 'gemma'}. Give --model gemma=PATH, where it lies now\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "told"),
-    [
-        (["--rows", "x"], 2, "error: --rows must read START:STOP: x. Example: --rows 100:120"),
-        (["--rows", "120"], 2, "error: no such rows: 120. The store has rows 0 to 119"),
-        (["--rows", "5:3"], 2, "error: no such rows: 5:3. The store has rows 0 to 119"),
-        (["--rows=-3"], 2, "error: no such rows: -3. The store has rows 0 to 119"),
-        (["--model", "gemm=x"], 2, "error: --model must read NAME=PATH: gemm=x. The store's models are llama, gemma"),
-        (["--model", "gemma"], 2, "error: --model must read NAME=PATH: gemma. The store's models are llama, gemma"),
-        (["--model", "gemma={home}/llama"], 2, "error: this is not the tokenizer of gemma in the store: {home}/llama."),
-    ],
-)  # fmt: skip
-def test_inspect_refuses_what_it_cannot_show(
-    harvest: Harvest, home: Path, pair: Store, arguments: list[str], code: int, told: str
-) -> None:
-    done = harvest("inspect", pair.path, *(argument.format(home=home) for argument in arguments))
-    assert_one_line(done, code, told.format(home=home))
-
-
 # --- mistakes -------------------------------------------------------------------------------------------------------
-
-
-def assert_one_line(done: Done, code: int, told: str) -> None:
-    assert done.err.startswith(told), done.err
-    assert done.err.count("\n") == 1
-    assert done.err.endswith("\n")
-    assert done.out == ""
-    assert done.code == code
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -402,65 +261,6 @@ def test_an_interrupt_ends_with_its_own_code(
     file = write_config(home, tmp_path)
     done = harvest("plan", file)
     assert (done.code, done.err) == (130, f"to go on: harvest plan {file}\ninterrupted\n")
-
-
-# --- trust ----------------------------------------------------------------------------------------------------------
-
-
-def copy_of(pair: Store, folder: Path) -> Path:
-    return shutil.copytree(pair.path, folder / "x.zarr")
-
-
-def test_status_tells_how_far_a_store_is(harvest: Harvest, pair: Store, tmp_path: Path) -> None:
-    path = copy_of(pair, tmp_path)
-    (path / "sealed").unlink()
-    (path / "receipts/00000.llama.json").unlink()
-    found = harvest("status", path, "--json").json
-    assert (found["state"], found["units"]["llama"]) == ("unfinished", [pair.shards - 1, pair.shards])
-    text = harvest("status", path).out
-    assert "state  unfinished\n" in text
-    assert f"llama {pair.shards - 1} of {pair.shards}" in text
-    assert "made with  cpu, 1 threads\n" in text
-
-
-def test_a_sound_store_is_said_to_be_and_how_it_was_asked(harvest: Harvest, pair: Store) -> None:
-    for asked, told in (
-        ([], "receipts and sizes; --full reads every file"),
-        (["--full"], "receipts, sizes and checksums"),
-        (["--full", "--deep", "5"], "receipts, sizes and checksums; 5 rows run again and decoded"),
-    ):
-        done = harvest("verify", pair.path, *asked)
-        assert (done.code, done.out) == (0, f"{pair.path}: sound ({told})\n")
-    assert harvest("verify", pair.path, "--json").json == []
-
-
-def test_a_fault_is_a_line_and_exit_code_1_and_repair_mends_it(harvest: Harvest, pair: Store, tmp_path: Path) -> None:
-    path, name = copy_of(pair, tmp_path), "activations/gemma/c/0/0"
-    before = tree(path)
-    (path / name).write_bytes(bytes(len(before[name])))
-    assert harvest("verify", path).code == 0
-    done = harvest("verify", path, "--full")
-    assert done.code == 1
-    assert done.out.startswith(f"{name} has another checksum in ") and done.out.endswith(" (shard 0 of gemma)\n")
-    told = f"error: 1 files of {path} are damaged: {name} has another checksum"
-    for command in (("inspect", path), ("run", config_of(pair), "--store", path)):
-        again = harvest(*command)
-        assert (again.code, again.err.splitlines()[-1][: len(told)]) == (1, told)
-    (fault,) = harvest("verify", path, "--full", "--json").json
-    assert (fault["file"], fault["unit"]) == (name, [0, "gemma"])
-    mended = harvest("repair", path)
-    assert (mended.code, mended.out) == (0, f"{path}: 1 units made again\n")
-    assert tree(path) == before
-    assert harvest("verify", path, "--full").code == 0
-    assert harvest("repair", path, "--full").out == f"{path}: 0 units made again\n"
-
-
-def test_ls_shows_stores(harvest: Harvest, pair: Store, tmp_path: Path) -> None:
-    path = copy_of(pair, tmp_path)
-    assert harvest("ls", tmp_path).out.startswith(f"{path}  finished  120 rows  ")
-    assert harvest("ls", tmp_path, "--json").json[0]["id"] == pair.header.id
-    (tmp_path / "empty").mkdir()
-    assert_one_line(harvest("ls", tmp_path / "empty"), 1, f"error: no store below this folder: {tmp_path}/empty. ")
 
 
 # --- two at once, and stops -----------------------------------------------------------------------------------------

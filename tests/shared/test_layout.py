@@ -70,7 +70,7 @@ def test_bfloat16_lies_on_the_disk_as_the_bits_of_uint16() -> None:
 @pytest.mark.parametrize("source", ["a", "chat-2"])
 def test_the_files_of_a_unit_belong_to_the_arrays_of_its_source(source: str) -> None:
     plan = {"rows": 20, "shard_rows": 8, "chunk_rows": 4, "shards": 3, "dtype": "float16"}
-    arrays = layout.unit_arrays(Source(source, "m", "resid.1", 6), plan, 2.0)
+    arrays = layout.unit_arrays(Source(source, "m", "resid.1", 6), plan, 2.0, 4)
     names = layout.unit_files(source, 2)
     assert [name.split("/c/")[0] for name in names] == list(arrays)
     assert [name.split("/c/")[1] for name in names] == ["2/0", "2", "2", "2/0/0"]
@@ -78,3 +78,23 @@ def test_the_files_of_a_unit_belong_to_the_arrays_of_its_source(source: str) -> 
         assert len(name.split("/c/")[1].split("/")) == len(array.shape)
     assert layout.receipt_file((2, "m")) == "receipts/00002.m.json"
     assert layout.receipt_file(None) == "receipts/plan.json"
+
+
+def test_an_index_reads_back_and_is_none_where_it_is_damaged() -> None:
+    data = layout.shard_index([10, 10, 4], 5)
+    assert len(data) == layout.index_bytes(5)
+    index = layout.parse_index(data, 5)
+    assert index is not None
+    assert index[:3].tolist() == [[0, 10], [10, 10], [20, 4]]
+    assert (index[3:] == layout.ABSENT).all()
+    for damaged in (data[:-1], data + b"x", b"\x01" + data[1:], data[:-1] + b"x", b""):
+        assert layout.parse_index(damaged, 5) is None
+    assert layout.parse_index(data, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("chunk_rows", "row_bytes", "rows"),
+    [(1024, 512, 512), (1024, 1280, 256), (100, 128, 100), (96, 4096, 96), (96, 8192, 32), (1024, 2**20, 1), (1, 2, 1)],
+)
+def test_a_block_is_a_divisor_of_a_chunk_with_256_kib(chunk_rows: int, row_bytes: int, rows: int) -> None:
+    assert layout.block_rows(chunk_rows, row_bytes) == rows

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from shared import config as configs
+from shared import layout
+from shared.codec import CODECS, Packing
 from shared.errors import CheckpointError, ConfigError, StoreError, TrainingError, WiringError
 from shared.store import Store
 from tests.build import make_store
@@ -46,6 +48,36 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 def weights(folder: Path) -> bytes:
     return (folder / "dictionary" / "dictionary.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_run_on_a_packed_store_equals_the_run_on_the_original_to_the_bit(
+    run: Run, codec: str, tmp_path: Path
+) -> None:
+    packing = Packing(codec, CODECS[codec].default, {"a": 8, "b": 4})
+    packed = make_store(
+        tmp_path / "cold.zarr",
+        rows=300,
+        shard_rows=256,
+        chunk_rows=16,
+        factor={"a": 2.0},
+        documents=20,
+        packing=packing,
+    )
+    again = fit(packed, ASKED, tmp_path / "run", quiet=True)
+    assert weights(again.folder) == weights(run.folder)
+    assert (again.folder / "measure.json").read_bytes() == (run.folder / "measure.json").read_bytes()
+    timed = {"time", "rows_s", "waited_s", "message"}
+    records = [[{k: v for k, v in one.items() if k not in timed} for one in events(r.folder)] for r in (run, again)]
+    assert records[0] == records[1]
+
+
+def test_blocks_are_those_of_the_original_and_whole_chunks_of_a_packed_store() -> None:
+    for widths in ({"a": 576, "b": 4096}, {"b": 4096}, {"a": 576}, {"a": 640, "b": 577, "c": 65_536}):
+        chunk_rows = {name: layout.block_rows(1024, 2 * width) for name, width in widths.items()}
+        block_rows = layout.block_rows(1024, 2 * min(widths.values()))
+        assert all(block_rows % rows == 0 for rows in chunk_rows.values())
+        assert block_rows == max(chunk_rows.values())
 
 
 def test_a_run_folder_holds_all_that_the_docstring_says(run: Run) -> None:

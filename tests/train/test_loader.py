@@ -1,9 +1,11 @@
 """The loader serves the order's batches, whole, whatever the number of threads."""
 
+import shutil
 import threading
 import traceback
 from collections.abc import Mapping
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.codec import CODECS, Packing
+from shared.errors import StoreDamagedError
+from shared.layout import index_bytes
+from shared.shard import PackedShards
 from shared.store import Store
 from tests.build import make_store
 from train.loader import Loader, Rows
@@ -34,8 +40,16 @@ def order(store: Store) -> Order:
     return Order(kept_rows(store, ["a", "b"]).kept_N, block_rows=4, window_blocks=5, seed=0)
 
 
+@pytest.fixture(scope="module", params=CODECS)
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The rows of `store`; a chunk of `a` is a block of `order`, a chunk of `b` is half of one."""
+    path, default = tmp_path_factory.mktemp("packed") / "small.zarr", CODECS[request.param].default
+    packing = Packing(request.param, default, {"a": 4, "b": 2})
+    return make_store(path, rows=ROWS, factor={"a": 4.0, "b": 0.5}, packing=packing)
+
+
 def loader_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("granary-loader")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("granary-")]
 
 
 def equal(left: Rows, right: Rows) -> bool:
@@ -85,6 +99,56 @@ def test_a_run_that_starts_anywhere_equals_the_rest_of_the_whole(
     with Loader(store, ["b"], order, batch, range(start, start + 3), CPU, 2, rank=world - 1, world=world) as loader:
         served = [rows.rows_B.tolist() for rows in loader]
     assert served == [sorted(order.step(step, batch, world - 1, world).tolist()) for step in range(start, start + 3)]
+
+
+@given(st.integers(0, 40), st.integers(1, 60), st.integers(1, 3))
+@settings(max_examples=15, deadline=None)
+def test_a_packed_store_serves_the_same_bits_from_anywhere(
+    store: Store, packed: Store, order: Order, start: int, batch: int, threads: int
+) -> None:
+    steps, sources = range(start, start + 12), ["b", "a"]
+    with (
+        Loader(store, sources, order, batch, steps, CPU, threads) as expected,
+        Loader(packed, sources, order, batch, steps, CPU, threads) as found,
+    ):
+        assert all(equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("start", "batch", "window"), [(0, 4, 5), (7, 4, 5), (13, 16, 11), (3, 9, 19), (5, 10, 26)])
+def test_a_chunk_is_decoded_once_for_every_time_that_it_comes_into_reach(
+    packed: Store, start: int, batch: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = Order(kept_rows(packed, ["a"]).kept_N, block_rows=4, window_blocks=window, seed=0)
+    decoded, ahead = list[int](), list[int]()
+    decode, fetch = PackedShards._decode, PackedShards._fetch
+
+    def counted_decode(self: PackedShards, chunk: int, rows_CD: np.ndarray) -> None:
+        decoded.append(chunk)
+        decode(self, chunk, rows_CD)
+
+    def counted_fetch(self: PackedShards, chunk: int) -> None:
+        ahead.append(chunk)
+        fetch(self, chunk)
+
+    monkeypatch.setattr(PackedShards, "_decode", counted_decode)
+    monkeypatch.setattr(PackedShards, "_fetch", counted_fetch)
+    with Loader(packed, ["a"], order, batch, range(start, start + 40), CPU) as loader:
+        assert len(list(loader)) == 40
+    asked = order.front((start + 40) * batch - 1) + order.window_blocks - order.opened(start * batch)
+    assert sorted(decoded) == sorted(ahead)
+    assert order.blocks <= len(decoded) <= (order.blocks if order.window_blocks == order.blocks else asked)
+
+
+def test_damage_of_a_packed_store_surfaces_once_and_names_the_file(packed: Store, order: Order, tmp_path: Path) -> None:
+    path = shutil.copytree(packed.path, tmp_path / "x.zarr")
+    file = path / "activations/a/c/1/0"
+    data = np.fromfile(file, np.uint8)
+    data[: -index_bytes(8)] ^= 1
+    data.tofile(file)
+    with Loader(Store.open(path), ["a", "b"], order, BATCH, range(30), CPU, threads=3) as loader:
+        with pytest.raises(StoreDamagedError, match=rf"{file}, rows \d+ to \d+: another checksum"):
+            list(loader)
+        assert list(loader) == [] and not loader_threads()
 
 
 def test_an_error_in_a_thread_surfaces_with_its_own_traceback(

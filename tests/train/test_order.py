@@ -11,7 +11,6 @@ from shared.errors import StoreError
 from train.order import (
     Order,
     companions,
-    default_block_rows,
     default_window_blocks,
     permutation,
     splitmix64,
@@ -148,14 +147,6 @@ def test_the_line_of_blocks_holds_every_block_once_per_epoch(order: Order) -> No
     assert sorted(starts.tolist()) == list(range(0, len(order.kept_N), order.block_rows))
 
 
-@pytest.mark.parametrize(
-    ("chunk_rows", "row_bytes", "rows"),
-    [(1024, 512, 512), (1024, 1280, 256), (100, 128, 100), (96, 4096, 96), (96, 8192, 32), (1024, 2**20, 1), (1, 2, 1)],
-)
-def test_a_block_is_a_divisor_of_a_chunk_with_256_kib(chunk_rows: int, row_bytes: int, rows: int) -> None:
-    assert default_block_rows(chunk_rows, row_bytes) == rows
-
-
 @given(st.integers(1, 10**6), st.integers(1, 10**4))
 @settings(deadline=None)
 def test_the_default_window_keeps_companions_under_a_half(batch: int, block_rows: int) -> None:
@@ -172,3 +163,16 @@ def test_companions_are_what_the_formula_says(block_rows: int, window_blocks: in
         _, counts = np.unique(order.step(step, batch) // block_rows, return_counts=True)
         found.append((counts * (counts - 1)).sum() / batch)
     assert np.mean(found) == pytest.approx(companions(batch, block_rows, block_rows * window_blocks), rel=0.15)
+
+
+@given(orders(), st.data())
+@settings(deadline=None)
+def test_the_open_window_begins_at_its_first_block_and_holds_the_row_at_the_position(
+    order: Order, data: st.DataObject
+) -> None:
+    position = data.draw(st.integers(0, 3 * order.kept))
+    opened, front = order.opened(position), order.front(position)
+    assert opened <= front
+    assert opened % order.blocks % order.window_blocks == 0
+    window = order.starts(opened, min(opened + order.window_blocks, (order.epoch(position) + 1) * order.blocks))
+    assert (order.rows(position, position + 1) // order.block_rows * order.block_rows)[0] in window

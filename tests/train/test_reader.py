@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.codec import Packing
 from shared.errors import ConfigError, StoreError
 from shared.store import BOS, CLIPPED, FIRST, HELD_OUT, MASKED, SINK, SPECIAL, TRAIN, Store
 from tests.build import make_store
@@ -19,6 +20,16 @@ ROWS = 101  # 4 shards of 32 rows, the last of 5, and chunks of 8
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_store(tmp_path_factory.mktemp("reader") / "small.zarr", rows=ROWS, factor={"a": 4.0})
+
+
+@pytest.fixture(scope="module", params=["raw", "zstd", "blosc", "pcodec"])
+def any_store(request: pytest.FixtureRequest, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The rows of `store`, raw and packed by every codec."""
+    if request.param == "raw":
+        return store
+    packing = Packing(request.param, 4, {"a": 4, "b": 2})
+    path = tmp_path_factory.mktemp("packed") / "small.zarr"
+    return make_store(path, rows=ROWS, factor={"a": 4.0}, packing=packing)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +109,8 @@ def test_unknown_names_are_refused_with_what_there_is(store: Store) -> None:
 
 @given(st.lists(st.integers(0, ROWS - 1), max_size=60))
 @settings(deadline=None)
-def test_gathering_equals_plain_indexing_for_any_rows(store: Store, rows: list[int]) -> None:
-    with Reader(store, ["a", "b"]) as reader:
+def test_gathering_equals_plain_indexing_for_any_rows(store: Store, any_store: Store, rows: list[int]) -> None:
+    with Reader(any_store, ["a", "b"]) as reader:
         out = {name: np.full((len(rows), width), np.nan, np.float16) for name, width in reader.widths.items()}
         used = reader.gather(np.array(rows, np.int64), out)
     assert used.tolist() == sorted(rows)
@@ -109,8 +120,10 @@ def test_gathering_equals_plain_indexing_for_any_rows(store: Store, rows: list[i
 
 @given(st.sets(st.integers(0, ROWS - 1)), st.integers(1, 40))
 @settings(deadline=None)
-def test_streaming_gives_the_rows_in_batches_in_file_order(store: Store, rows: set[int], batch: int) -> None:
-    with Reader(store, ["b"]) as reader:
+def test_streaming_gives_the_rows_in_batches_in_file_order(
+    store: Store, any_store: Store, rows: set[int], batch: int
+) -> None:
+    with Reader(any_store, ["b"]) as reader:
         parts = list(reader.stream(np.array(sorted(rows), np.int64), batch))
     assert [len(rows_B) for rows_B, _ in parts[:-1]] == [batch] * (len(parts) - 1)
     assert [int(row) for rows_B, _ in parts for row in rows_B] == sorted(rows)
@@ -120,8 +133,10 @@ def test_streaming_gives_the_rows_in_batches_in_file_order(store: Store, rows: s
 
 @given(st.lists(st.integers(0, ROWS - 1), max_size=5), st.integers(1, 90))
 @settings(deadline=None)
-def test_advice_to_the_kernel_changes_no_value(store: Store, starts: list[int], length: int) -> None:
-    with Reader(store, ["a"]) as reader:
+def test_what_is_asked_for_and_forgotten_changes_no_value(
+    store: Store, any_store: Store, starts: list[int], length: int
+) -> None:
+    with Reader(any_store, ["a"]) as reader:
         reader.will_need(np.array(starts, np.int64), length)
         reader.forget(np.array(starts, np.int64), length)
         out = {"a": np.empty((ROWS, 6), np.float16)}
@@ -152,6 +167,8 @@ def _resident(name: str) -> int:
 
 def test_closing_twice_is_harmless(store: Store) -> None:
     reader = Reader(store, ["a"])
+    reader.gather(np.arange(ROWS), {"a": np.empty((ROWS, 6), np.float16)})
+    assert str(store.path / "activations") in Path("/proc/self/maps").read_text()
     reader.close()
     reader.close()
     assert str(store.path / "activations") not in Path("/proc/self/maps").read_text()

@@ -1,0 +1,232 @@
+"""The commands that look after stores: status | ls | verify | repair | pack | pull | inspect."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from harvest import bench, check, destination, overview, work
+from harvest import inspect as view
+from harvest import pack as packing
+from harvest.config import StoreConfig
+from harvest.console import Json, Settings, config_of, resumable, show
+from harvest.job import prepare
+from shared import codec as codecs
+from shared import models, remote
+from shared import verify as verifying
+from shared.errors import ConfigError
+from shared.log import Log
+from shared.store import Store
+
+Again = Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto; none: as the store was made.")]
+AgainThreads = Annotated[int | None, typer.Option("--threads", help="Torch threads; none: as the store was made.")]
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="The folder of a store, or its URL.")]
+Moved = Annotated[list[str] | None, typer.Option("--model", help="NAME=PATH: where a model of the store lies now.")]
+
+
+def status(store: StoreArgument, as_json: Json = False) -> None:
+    """How far a store is: units and rows made, faults of values, damage that was found, who is at work on it.
+
+    Example: harvest status pair.zarr
+    """
+    found = _status_at(store) if remote.is_url(store) else overview.status(Path(store))
+    if not as_json:
+        found["units"] = {name: f"{made} of {all_}" for name, (made, all_) in found.get("units", {}).items()}
+        found["made_with"] = "; ".join(
+            f"{one['device']}, {one['threads']} threads" for one in found.get("made_with", [])
+        )
+        found = {key: value for key, value in found.items() if value not in ("", [], {})}
+    show(found, as_json)
+
+
+def ls(
+    folder: Annotated[str, typer.Argument(help="Where to look for stores.")],
+    runs: Annotated[str | None, typer.Option("--runs", help="Where to look for runs; none: the same folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Every store below a folder: id, state, rows, size, models and sites, and the training runs that used it.
+
+    Example: harvest ls caches --runs runs
+    """
+    below, its_runs = (
+        remote.local(path, "harvest status tells of one store at a URL") for path in (folder, runs or folder)
+    )
+    found = overview.ls(below, its_runs)
+    print(json.dumps(found) if as_json else "\n".join(overview.lines(found)))
+
+
+def verify(
+    store: StoreArgument,
+    full: Annotated[bool, typer.Option("--full", help="Read every file and check its checksum.")] = False,
+    deep: Annotated[int, typer.Option("--deep", min=0, help="Run so many random rows again, and decode them.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random rows.")] = 0,
+    model: Moved = None,
+    device: Again = None,
+    threads: AgainThreads = None,
+    as_json: Json = False,
+) -> None:
+    """Is a store sound? Receipts and sizes; --full: every checksum; --deep N: what the models compute, and the pairs.
+
+    Every fault is a line, with exit code 1. They are written into the store too, so that nobody trains on it before
+    harvest repair has made the faulty shards again.
+
+    Example: harvest verify pair.zarr --full --deep 100
+    """
+    with Log(quiet=as_json) as log:
+        if remote.is_url(store) and not (full or deep):
+            faults = _faults_at(store)
+        else:
+            opened = Store.at(remote.local(store, f"harvest pull {store} makes a copy, which can be read through"))
+            faults = check.files_of(opened, full, log)
+            if deep and not faults:
+                faults = check.contents(opened, _bench(opened, model, device, threads, log), deep, seed, log)
+            check.write_down(opened, faults, log)
+    if as_json:
+        print(json.dumps([{"file": f.file, "what": f.what, "unit": f.unit} for f in faults]))
+    else:
+        print("\n".join(map(str, faults)) if faults else f"{store}: sound ({_checked(full, deep)})")
+    raise typer.Exit(1 if faults else 0)
+
+
+def repair(
+    store: StoreArgument,
+    full: Annotated[bool, typer.Option("--full", help="Check every checksum first.")] = False,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="The harvest's TOML file, where the plan itself is damaged.")
+    ] = None,
+    settings: Settings = None,
+    model: Moved = None,
+    device: Again = None,
+    threads: AgainThreads = None,
+) -> None:
+    """Make the faulty shards again, and no others: those that verify finds now, or has found before.
+
+    With --config (and the --set of the harvest), what is damaged of the plan is made again first.
+
+    Example: harvest repair pair.zarr --full
+    """
+    with Log() as log, _found(store) as (opened, to, sizes), resumable(to.path):
+        if config_file is not None:
+            place = str(remote.local(store, f"harvest pull {store} makes a copy, whose plan can be mended"))
+            for name in work.mend_plan(
+                opened, prepare(config_of(config_file, settings, place, device, threads), log), log
+            ):
+                log.event("repair", f"made again: {name}")
+        if full and sizes is not None:
+            remote.local(store, f"harvest pull {store} checks every file, and names the one to delete")
+        units = check.to_mend(opened, check.files_of(opened, full, log, sizes))
+        if units or not opened.sealed or opened.condemned[0]:
+            work.repair(opened, units, work.OneProcess(_bench(opened, model, device, threads, log), log), log, to)
+    print(f"{store}: {len(units)} units made again")
+
+
+def pull(
+    url: Annotated[str, typer.Argument(help="The URL of a finished store.")],
+    below: Annotated[str | None, typer.Option("--stage", help="Where copies lie; none: in the user's cache.")] = None,
+) -> None:
+    """Copy a finished store from a URL to this machine, as train run does too, and print its folder.
+
+    Every checksum is checked. What lies there already is not fetched again.
+
+    Example: harvest pull s3://bucket/pair.zarr
+    """
+    if not remote.is_url(url):
+        raise ConfigError("this is no URL", url, "Example: s3://bucket/pair.zarr")
+    print(remote.stage(url, below))
+
+
+def pack(
+    store: StoreArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="PACKED", help="Where the packed store goes.")],
+    codec: Annotated[str, typer.Option("--codec", help="zstd, blosc or pcodec.")] = "blosc",
+    level: Annotated[int | None, typer.Option("--level", help="Of the codec; none: its own choice.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a finished store once more with its activations compressed, without loss. It is read like any other.
+
+    Prints bytes, ratio and the speed of encoding and decoding, as measured. An unfinished pack is finished.
+
+    Example: harvest pack pair.zarr --out cold.zarr --codec blosc
+    """
+    found = codecs.find(codec, level)
+    with Log(quiet=as_json) as log, resumable(out):
+        result = packing.pack(Store.open(store), out, found, log)
+    print(json.dumps(result) if as_json else "\n".join(packing.lines(result)))
+
+
+def inspect(
+    store: Annotated[str, typer.Argument(help="The folder of a finished store.")],
+    rows: Annotated[str, typer.Option("--rows", help="START:STOP, or one row number.")] = "0:20",
+    model: Moved = None,
+    as_json: Json = False,
+) -> None:
+    """The aligned tokens of some rows, side by side, with positions, norms and faults.
+
+    Example: harvest inspect pair.zarr --rows 100:120
+    """
+    opened = Store.open(remote.local(store, f"harvest pull {store} makes a copy"))
+    chosen = _rows(rows, opened.rows)
+    moved = _moved(model or [], list(opened.header.models))
+    found = bench.find(opened.header, moved, lambda text: None, weights=False)
+    tokenizers = {name: models.load_tokenizer(checkpoint) for name, checkpoint in found.items()}
+    records = view.table(opened, chosen, tokenizers)
+    print(json.dumps(records, ensure_ascii=False) if as_json else "\n".join(view.lines(records)))
+
+
+def _rows(text: str, count: int) -> range:
+    start, colon, stop = text.partition(":")
+    try:
+        first = int(start or 0)
+        chosen = range(first, min(int(stop or count), count) if colon else first + 1)
+    except ValueError:
+        raise ConfigError("--rows must read START:STOP", text, "Example: --rows 100:120") from None
+    if not chosen or first < 0 or first >= count:
+        raise ConfigError("no such rows", text, f"The store has rows 0 to {count - 1}")
+    return chosen
+
+
+def _moved(given: list[str], names: list[str]) -> dict[str, str]:
+    """{model: path} of NAME=PATH items."""
+    moved = {}
+    for item in given:
+        name, equals, path = item.partition("=")
+        if not equals or name not in names:
+            raise ConfigError("--model must read NAME=PATH", item, f"The store's models are {', '.join(names)}")
+        moved[name] = path
+    return moved
+
+
+def _bench(store: Store, moved: list[str] | None, device: str | None, threads: int | None, log: Log) -> bench.Bench:
+    """What a store's units were made with, where nothing else is asked for."""
+    made_with = overview.made_with(store) or [{"device": "auto", "threads": None}]
+    where = _moved(moved or [], list(store.header.models))
+    found = bench.find(store.header, where, lambda text: log.event("prepare", text))
+    return bench.Bench(found, device or made_with[0]["device"], threads or made_with[0]["threads"])
+
+
+def _status_at(url: str) -> dict[str, Any]:
+    with remote.outlined(url) as (path, _):
+        return {**overview.status(path), "store": url}
+
+
+def _faults_at(url: str) -> list[verifying.Fault]:
+    with remote.outlined(url) as (path, sizes):
+        return verifying.quick(Store.at(path), sizes)
+
+
+@contextmanager
+def _found(store: str) -> Iterator[tuple[Store, destination.Destination, dict[str, int] | None]]:
+    """A store in whatever state it is, where it is, and the sizes of its files where these are at a URL."""
+    if not remote.is_url(store):
+        yield Store.at(Path(store)), destination.Folder(Path(store)), None
+        return
+    with remote.outlined(store) as (path, sizes):
+        yield Store.at(path), destination.of(StoreConfig(path=store)), sizes
+
+
+def _checked(full: bool, deep: int) -> str:
+    what = "receipts, sizes and checksums" if full else "receipts and sizes; --full reads every file"
+    return what + (f"; {deep} rows run again and decoded" if deep else "")
