@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from shared import models
 from shared.errors import ModelError
+from shared.header import Header
 from shared.models import Checkpoint, Say
-from shared.store import Header
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.store import CLIPPED, MASKED, SINK
+from shared.flags import CLIPPED, MASKED, SINK
 
 LARGEST_NORM = float(torch.finfo(torch.float32).max)  # no norm is above it; JSON has no infinity
 HEADROOM = 4.0  # times the largest component that the calibration saw

@@ -19,7 +19,7 @@ from harvest.corpus import Document, Message
 from harvest.segments import Speller, Tokens
 from shared.config import fingerprint
 from shared.errors import ConfigError, CorpusError, ModelError
-from shared.store import TEMPLATE, role_flag
+from shared.flags import TEMPLATE, role_flag
 
 OWN = "own"
 MARK = "\ue000{}\ue001"  # stands for a content while its place is sought: private characters, which no text has

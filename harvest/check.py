@@ -21,10 +21,11 @@ from harvest.worker import Worker
 from shared import layout, models, verify
 from shared.device import torch_threads
 from shared.errors import StoreDamagedError
+from shared.flags import TEMPLATE
 from shared.layout import SEALED, Unit
 from shared.log import Log, bar
 from shared.models import Tokenizer
-from shared.store import TEMPLATE, Store
+from shared.store import Store
 from shared.verify import Fault
 
 

@@ -19,8 +19,9 @@ from harvest.job import prepare
 from shared import files, hooks, models
 from shared.device import torch_threads
 from shared.errors import ConfigError, one_line
+from shared.header import Header
 from shared.log import Log
-from shared.store import Header, Store
+from shared.store import Store
 
 app = typer.Typer(
     help="Run models once and store their activations, aligned row by row.",
@@ -28,6 +29,9 @@ app = typer.Typer(
 )  # fmt: skip
 
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file with the models, the corpus and the store.")]
+ExtendsOption = Annotated[
+    str | None, typer.Option("--extends", help="A finished store: more rows of it, or more sources (store.extends).")
+]
 StorePath = Annotated[str | None, typer.Option("--store", help="Where the store goes (store.path).")]
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Processes on this machine: one per GPU, or --threads each.")
@@ -44,14 +48,15 @@ def main() -> None:
 @app.command()
 def run(
     config_file: ConfigFile, settings: Settings = None, store: StorePath = None, device: Device = None,
-    threads: Threads = None, workers: Workers = None, scheduler: Scheduler = None, part: PartOption = None,
+    threads: Threads = None, extends: ExtendsOption = None, workers: Workers = None,
+    scheduler: Scheduler = None, part: PartOption = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Harvest: plan, run the models, write the store. An unfinished store is finished; a finished one is left alone.
 
     Example: harvest run pair.toml --store pair.zarr --set rows.count=1000000 --workers 4
     """
-    asked, share = config_of(config_file, settings, store, device, threads), _part(part)
+    asked, share = config_of(config_file, settings, store, device, threads, extends), _part(part)
     shared = {"--workers": workers, "--scheduler": scheduler, "--part": part}
     given = [f"{name} {value}" for name, value in shared.items() if value is not None]
     if len(given) > 1:
@@ -71,7 +76,7 @@ def run(
 @app.command()
 def plan(
     config_file: ConfigFile, settings: Settings = None, store: StorePath = None, device: Device = None,
-    threads: Threads = None,
+    threads: Threads = None, extends: ExtendsOption = None,
     untimed: Annotated[bool, typer.Option("--no-time", help="Run no batch, and tell no time.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -82,7 +87,7 @@ def plan(
 
     Example: harvest plan pair.toml --set rows.count=1000000
     """
-    asked = config_of(config_file, settings, store, device, threads)
+    asked = config_of(config_file, settings, store, device, threads, extends)
     with Log() as log, resumable(asked.store.folder):
         began = time.monotonic()
         job = prepare(asked, log)

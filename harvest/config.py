@@ -115,6 +115,7 @@ class BatchConfig(Config):
 class StoreConfig(Config):
     """Where rows go."""
 
+    extends: str | None = None  # a finished store that this one adds to: more rows of all its sources, or more sources
     path: str = "activations.zarr"  # the store's folder, or a URL: s3://bucket/pair.zarr
     staging: str | None = (
         None  # where units for a URL lie until they are sent (workers of --scheduler must see it); none: the cache

@@ -24,9 +24,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 
 
 def config_of(
-    file: Path, settings: list[str] | None, store: str | None, device: str | None, threads: int | None
-) -> HarvestConfig:
-    flags = {"store.path": store, "device": device, "threads": threads}
+    file: Path, settings: list[str] | None, store: str | None, device: str | None, threads: int | None,
+    extends: str | None = None,
+) -> HarvestConfig:  # fmt: skip
+    flags = {"store.path": store, "device": device, "threads": threads, "store.extends": extends}
     given = [*(settings or []), *config.settings(flags)]
     return config.parse(HarvestConfig, config.override(config.read_toml(file), given))
 

@@ -12,9 +12,10 @@ from harvest import lock
 from harvest.config import StoreConfig
 from shared import config, files, layout, remote, verify
 from shared.errors import StoreDamagedError, StoreError
+from shared.header import Header
 from shared.layout import GROUP, SEALED, Unit
 from shared.log import Log, bar
-from shared.store import Header, Store
+from shared.store import Store
 
 WAITING = 2  # units that wait to be sent before no more are made
 PLAN = layout.receipt_file(None)

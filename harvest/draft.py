@@ -15,8 +15,8 @@ from harvest.config import HarvestConfig, RowsConfig
 from harvest.corpus import Document
 from harvest.segments import Speller, Tokens, cut
 from shared.errors import AlignmentError, ConfigError
+from shared.flags import BOS, FIRST, HELD_OUT, SPECIAL, TRAIN
 from shared.models import Tokenizer
-from shared.store import BOS, FIRST, HELD_OUT, SPECIAL, TRAIN
 
 Piece = Mapping[str, np.ndarray]  # columns of many documents, one after another, in the order in which they were read
 

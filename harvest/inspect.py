@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from shared.flags import CLIPPED, FIRST, MASKED, SINK, SPECIAL
 from shared.models import Tokenizer
-from shared.store import CLIPPED, FIRST, MASKED, SINK, SPECIAL, Store
+from shared.store import Store
 
 FLAGS = {FIRST: "first", SPECIAL: "special"}
 FAULTS = {CLIPPED: "clipped", MASKED: "masked", SINK: "sink"}

@@ -7,17 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from harvest import plan
+from harvest import extend
 from harvest.config import HarvestConfig
 from harvest.draft import Drafter, drafter
-from harvest.survey import Survey, survey
+from harvest.extend import Sibling
+from harvest.survey import NOTHING, Survey, survey
 from shared import config as configs
 from shared import hooks, models
 from shared.device import device_of
-from shared.errors import ModelError
+from shared.errors import ConfigError, ModelError
+from shared.header import Header
 from shared.log import Log
 from shared.source import Model, Source
-from shared.store import Header
 
 SCALE_RULE = "power of two, fourfold headroom; sink at 10 x the median norm"
 
@@ -34,13 +35,16 @@ class Job:
     survey: Survey
     spec: dict[str, Any]
     align: str
+    sibling: Sibling | None = None
 
     @property
     def path(self) -> Path:
         return self.config.store.folder
 
-    def header(self, made: plan.Plan) -> Header:
-        return Header(self.spec, self.models, self.sources, made.summary)
+    def header(self, summary: dict[str, Any]) -> Header:
+        """`summary` is that of the plan."""
+        extends = self.sibling.extends(self.path) if self.sibling else None
+        return Header(self.spec, self.models, self.sources, summary, extends=extends)
 
 
 def prepare(config: HarvestConfig, log: Log) -> Job:
@@ -58,7 +62,6 @@ def prepare(config: HarvestConfig, log: Log) -> Job:
     tokenizers = {name: models.load_tokenizer(checkpoint) for name, checkpoint in checkpoints.items()}
     for name, checkpoint in checkpoints.items():
         asked = config.models[name]
-        _check_context(checkpoint, config.rows.context)
         skeleton = skeletons[name]
         sites = asked.source_names(name)
         width = hooks.widths(skeleton, list(sites.values()))
@@ -68,13 +71,34 @@ def prepare(config: HarvestConfig, log: Log) -> Job:
             name, asked.path, checkpoint.weights_fingerprint(), models.tokenizer_fingerprint(tokenizers[name]),
             checkpoint.dtype() if asked.dtype == "auto" else asked.dtype, models.attention(checkpoint, asked.attention),
         )  # fmt: skip
+    sibling = _sibling(config, found_models, sources)
+    if sibling is not None and sibling.kind == "sources":
+        spec = sibling.spec(_made(config, found_models, sources))
+        _check_context(checkpoints, spec["rows"]["context"])
+        align = spec["rows"]["align"]
+        none = Drafter({}, {}, config.rows, align)  # nothing is read: the plan is there
+        return Job(config, checkpoints, found_models, sources, none, NOTHING, spec, align, sibling)
+    _check_context(checkpoints, config.rows.context)
     align = _alignment(config, found_models)
     if align == "offsets":
         _require_fast(tokenizers)
     drafts = drafter(config, tokenizers, align)
     surveyed = survey(config.texts, config.rows.seed)
     spec = _spec(config, found_models, sources, surveyed.identity, drafts)
-    return Job(config, checkpoints, found_models, sources, drafts, surveyed, spec, align)
+    if sibling is not None:
+        spec = sibling.spec(spec)
+        surveyed = surveyed.without(sibling.keys(config.rows.seed))
+    return Job(config, checkpoints, found_models, sources, drafts, surveyed, spec, align, sibling)
+
+
+def _sibling(config: HarvestConfig, found: Mapping[str, Model], sources: Mapping[str, Source]) -> Sibling | None:
+    if config.store.extends is None:
+        return None
+    if config.store.url:
+        way_out = "Harvest it into a folder, beside the store that it extends"
+        raise ConfigError("a sibling cannot be made at a URL", config.store.url, way_out)
+    replaced = {name: model.replace for name, model in config.models.items()}
+    return extend.of(config.store.extends, found, sources, replaced)
 
 
 def _expanded(config: HarvestConfig, skeletons: Mapping[str, nn.Module]) -> HarvestConfig:
@@ -92,25 +116,31 @@ def _spec(
 ) -> dict[str, Any]:
     """Everything that decides a value, and nothing else."""
     return {
-        "format": 1,
-        "models": {name: {**model.identity(), "replace": config.models[name].replace} for name, model in found.items()},
-        "sources": {name: {"model": source.model, "site": source.site} for name, source in sources.items()},
+        **_made(config, found, sources),
         "corpus": text,
         "chats": {name: template.identity for name, template in drafts.chats.items()},
         "rows": {**config.rows.model_dump(), "align": drafts.align},
         "batch": config.batch.model_dump(),
-        "store": config.store.model_dump(exclude={"path", "staging"}),
+        "store": config.store.model_dump(exclude={"path", "staging", "extends"}),
+    }
+
+
+def _made(config: HarvestConfig, found: Mapping[str, Model], sources: Mapping[str, Source]) -> dict[str, Any]:
+    """What decides the values of a row, whichever it is."""
+    return {
+        "format": 1,
+        "models": {name: {**model.identity(), "replace": config.models[name].replace} for name, model in found.items()},
+        "sources": {name: {"model": source.model, "site": source.site} for name, source in sources.items()},
         "scale": SCALE_RULE,
     }
 
 
-def _check_context(checkpoint: models.Checkpoint, context: int) -> None:
-    limit = checkpoint.context()
-    if limit is not None and context > limit:
-        way_out = f"Set rows.context to {limit} or less"
-        raise ModelError(
-            "rows.context is longer than the model's", f"{context} > {limit} of {checkpoint.path}", way_out
-        )
+def _check_context(checkpoints: Mapping[str, models.Checkpoint], context: int) -> None:
+    for checkpoint in checkpoints.values():
+        limit = checkpoint.context()
+        if limit is not None and context > limit:
+            value, way_out = f"{context} > {limit} of {checkpoint.path}", f"Set rows.context to {limit} or less"
+            raise ModelError("rows.context is longer than the model's", value, way_out)
 
 
 def _alignment(config: HarvestConfig, found: Mapping[str, Model]) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +82,27 @@ def ls(folder: Path, runs: Path) -> list[dict[str, Any]]:
     """Every store below `folder`, with the runs below `runs` that name its id. Raises StoreError where none is."""
     used: dict[str, list[str]] = {}
     for run in _below(runs, RUN):
-        used.setdefault(str(files.read_json(run / RUN).get("id")), []).append(str(run))
-    found = []
+        found = files.read_json(run / RUN)
+        for id in found.get("members", [found.get("id")]):
+            used.setdefault(str(id), []).append(str(run))
+    stores = []
     for path in _below(folder, layout.GROUP):
         try:
             store = Store.at(path)
         except StoreError:  # another Zarr group, or of another format
             continue
         sources = {name: f"{store.header.models[s.model].path} {s.site}" for name, s in store.header.sources.items()}
-        found.append(
+        extends = asdict(store.header.extends) if store.header.extends else {}
+        stores.append(
             {
-                "store": str(path), "id": store.header.id, "state": state(store), "codec": codec(store),
-                "rows": store.rows, "bytes": files.size_of(path), "sources": sources,
+                "store": str(path), "id": store.header.id, "extends": extends, "state": state(store),
+                "codec": codec(store), "rows": store.rows, "bytes": files.size_of(path), "sources": sources,
                 "runs": used.get(store.header.id, []),
             }
         )  # fmt: skip
-    if not found:
+    if not stores:
         raise StoreError("no store below this folder", folder, "Give the folder that holds NAME.zarr")
-    return found
+    return stores
 
 
 def _below(folder: Path, name: str) -> Iterator[Path]:
@@ -119,6 +123,8 @@ def lines(stores: Sequence[Mapping[str, Any]]) -> list[str]:
         packed = f" ({one['codec']})" if one["codec"] else ""
         size = f"{one['bytes'] / 1e6:,.1f} MB{packed}"
         shown.append(f"{one['store']}  {one['state']}  {one['rows']:,} rows  {size}  id {one['id'][:12]}")
+        if extends := one["extends"]:
+            shown.append(f"  more {extends['kind']} of {extends['path']}, id {extends['id'][:12]}")
         shown += [f"  {name}: {what}" for name, what in one["sources"].items()]
         shown += [f"  used by {run}" for run in one["runs"]]
     return shown

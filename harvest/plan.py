@@ -13,9 +13,9 @@ import numpy as np
 from harvest.config import HarvestConfig
 from harvest.draft import Piece
 from shared.errors import AlignmentError
+from shared.flags import HELD_OUT
 from shared.moments import CLASSES, packed_fields
 from shared.source import Source
-from shared.store import HELD_OUT
 
 Room = Callable[[str, int, str], np.ndarray]  # (table, length, dtype) -> an array to fill
 
@@ -55,6 +55,7 @@ def build(
     tables = _tables(pieces, models, columns, order_d[seen["rows"] > 0], room)
     tables |= _batches(tables, models, sizes["shard_rows"], config.batch.tokens)
     read = {name: int(seen[f"{name}/read"].sum()) for name in models}
+    whole_d = seen["complete"] & (seen["lost"] == 0) & (seen["rows"] > 0)
     summary = {
         "documents": len(tables["documents/split"]),
         "documents_held_out": int(np.count_nonzero(tables["documents/split"] == HELD_OUT)),
@@ -62,7 +63,7 @@ def build(
         "tokens": {name: len(tables[f"tokens/{name}/id"]) for name in models},
         "read": read,
         "aligned_tokens": {name: int(seen["places"].sum()) / max(read[name], 1) for name in models},
-        "aligned_documents": int(np.count_nonzero(seen["complete"] & (seen["lost"] == 0))) / len(order_d),
+        "aligned_documents": int(np.count_nonzero(whole_d)) / len(order_d),
         "skipped": skipped,
         "alignment": align,
         "dtype": config.store.dtype,

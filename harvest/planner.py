@@ -31,9 +31,10 @@ from harvest.survey import placed
 from shared import config as configs
 from shared import files, models
 from shared.errors import CorpusError
+from shared.header import Header
 from shared.layout import GROUP
 from shared.log import Log, bar
-from shared.store import Header, Store
+from shared.store import Store
 
 PIECE = 2**20  # characters of a piece: some seconds of work
 ALONE = 2**25  # characters up to which one process drafts them sooner than others have started
@@ -61,11 +62,13 @@ def planned(job: Job, log: Log) -> Store:
         if Header.read(made).id == configs.fingerprint(job.spec):
             return Store.at(made)
         shutil.rmtree(made)
-    pieces = [Piece(path) for path in _drafted(job, folder, log)]
+    if job.sibling is not None and job.sibling.kind == "sources":
+        return job.sibling.share(made, job.header(job.sibling.plan))
+    pieces = [piece([], list(job.models), 0), *map(Piece, _drafted(job, folder, log))]  # never none at all
     sources = list(job.sources.values())
     with _rooms(folder / "tables") as room:
         built = plan.build(pieces, list(job.models), sources, job.config, job.align, room)
-        return Store.create(made, job.header(built), built.tables)
+        return Store.create(made, job.header(built.summary), built.tables)
 
 
 def place(store: Store, path: Path) -> Store:
@@ -85,7 +88,8 @@ def _mark(job: Job) -> dict[str, Any]:
     """What decides the drafts of documents: with another number of rows or other sites, the pieces serve again."""
     rows = {key: value for key, value in job.spec["rows"].items() if key != "count"}
     readers = {name: [one.tokenizer, job.config.models[name].replace] for name, one in job.models.items()}
-    return {"readers": readers, "corpus": job.spec["corpus"], "chats": job.spec["chats"], "rows": rows}
+    same: dict[str, Any] = {key: job.spec[key] for key in ("corpus", "chats", "extends") if key in job.spec}
+    return {"readers": readers, "rows": rows, **same}
 
 
 @contextmanager
@@ -141,7 +145,7 @@ def _draft_files(job: Job, pieces: Path, log: Log) -> None:
         for part, count in enumerate(rows):
             mine_d = survey.part_d == part
             given = int(drafted["rows"][np.isin(drafted["key"], survey.key_d[mine_d & chosen_d])].sum())
-            if count is not None and given < count and (mine_d & ~chosen_d).any():
+            if count is not None and given < count and (mine_d & survey.open_d & ~chosen_d).any():
                 tried[part] = MARGIN * max(tried[part] * count / max(given, 1), tried[part] + PIECE)
                 short.append(part)
 
@@ -196,13 +200,15 @@ def _stream_groups(job: Job, part: int, text: CorpusConfig, start: Any) -> Itera
     """Documents for one piece, and the place behind them. What came before a stream broke off is not lost."""
     group: list[Numbered] = []
     names, size, place = list(job.config.texts), 0, start
+    seed, left_out = job.config.rows.seed, set(job.survey.left_out.tolist())
     try:
         for document, place in corpus.stream(text, start):
             if text.documents is not None and place["number"] > text.documents:
                 break
-            if not document.empty:
-                group.append((place["number"] - 1, placed(document, part, names)))
-                size += document.characters
+            one = placed(document, part, names)
+            if not one.empty and key_of(one.id, seed) not in left_out:
+                group.append((place["number"] - 1, one))
+                size += one.characters
             if size >= PIECE:
                 yield group, {**place, "over": False}
                 group, size = [], 0

@@ -33,12 +33,22 @@ class Survey:
     part_d: np.ndarray
     characters_d: np.ndarray
     kept: Sequence[Document] | None
+    left_out: np.ndarray  # keys of documents that another store of the family has
+
+    def without(self, keys: np.ndarray) -> "Survey":
+        return replace(self, left_out=keys)
+
+    @property
+    def open_d(self) -> np.ndarray:
+        """Which documents may be planned."""
+        return ~np.isin(self.key_d, self.left_out)
 
     def first(self, characters: Sequence[float]) -> np.ndarray:
         """The first documents of each corpus, in the order of keys, up to so many characters of it: bool d."""
         chosen_d, order_d = np.zeros(len(self.key_d), bool), np.argsort(self.key_d, kind="stable")
+        open_d = self.open_d
         for part, most in enumerate(characters):
-            mine = order_d[self.part_d[order_d] == part]
+            mine = order_d[(self.part_d[order_d] == part) & open_d[order_d]]
             before_d = np.cumsum(self.characters_d[mine]) - self.characters_d[mine]
             chosen_d[mine[before_d < most]] = True
         return chosen_d
@@ -46,6 +56,10 @@ class Survey:
     def documents(self) -> Iterator[Document]:
         """All documents but those of streams, in the order of the columns."""
         return iter(self.kept) if self.kept is not None else _all(self.corpora, self.names)
+
+
+NO_KEYS, NO_NUMBERS = np.empty(0, "S32"), np.empty(0, np.int64)
+NOTHING = Survey((), (), None, NO_KEYS, NO_NUMBERS, NO_NUMBERS, (), NO_KEYS)
 
 
 def survey(corpora: Mapping[str, CorpusConfig], seed: int) -> Survey:
@@ -72,7 +86,7 @@ def survey(corpora: Mapping[str, CorpusConfig], seed: int) -> Survey:
             way_out = f"Check the file and the field {field}"
             raise CorpusError("no text in the corpus", config.path, way_out)
     identity = _identity(corpora, [digest.hexdigest() for digest in digests])
-    made = Survey(configs, names, identity, *columns, kept)
+    made = Survey(configs, names, identity, *columns, kept, NO_KEYS)
     _require_distinct(made, configs)
     return made
 

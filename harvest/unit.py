@@ -13,9 +13,10 @@ from harvest.cast import cast
 from harvest.forward import Batch, Batches, rows
 from shared import hooks, layout, models
 from shared.errors import ActivationError
+from shared.flags import FIRST, HELD_OUT, MASKED, SINK, SPECIAL
 from shared.models import Checkpoint
 from shared.moments import CLASSES, Moments, class_of
-from shared.store import FIRST, HELD_OUT, MASKED, SINK, SPECIAL, Part, Store
+from shared.store import Part, Store
 
 
 class UnitMaker:

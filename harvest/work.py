@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harvest import destination, lock, plan, planner
+from harvest import destination, extend, lock, plan, planner
 from harvest.bench import Bench
 from harvest.job import Job
 from harvest.worker import Scale, Worker
 from shared import files
 from shared.device import torch_threads
 from shared.errors import StoreDamagedError, StoreError
+from shared.header import Header
 from shared.layout import GROUP, Unit
 from shared.log import Log, bar
-from shared.store import Header, Store
+from shared.store import Store
 
 Receipt = Mapping[str, Any]
 Tick = Callable[[int], object]
@@ -156,7 +157,7 @@ def _begun(store: Store, crew: Crew, log: Log, to: destination.Destination, part
     log.event("start", host=platform.node(), process=os.getpid(), arguments=sys.argv[1:])
     to.planned(store, log)
     if store.header.scale is None:
-        scale = crew.scale(store)
+        scale = extend.scale(store, crew.scale(store))
         factors = ", ".join(f"{name} {values['factor']:g}" for name, values in scale.items())
         log.event("scale", f"scale factors: {factors}", scale=scale)
         store = store.freeze(scale)
@@ -179,7 +180,7 @@ def look(job: Job, log: Log) -> Store:
 
 
 def _header(job: Job) -> Header:
-    return Header(job.spec, job.models, job.sources, {})
+    return job.header({})
 
 
 def open_store(job: Job, log: Log, ahead: int, to: destination.Destination) -> Store:

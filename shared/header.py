@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shared import config
 from shared.codec import Packing
@@ -14,6 +14,15 @@ from shared.layout import GROUP
 from shared.source import Model, Source
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Extends:
+    """The store that a sibling extends: by more `rows` of its corpus, or by more `sources` of its rows."""
+
+    kind: Literal["rows", "sources"]
+    id: str
+    path: str  # from the folder that holds the sibling; no part of its id
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Header:
     plan: dict[str, Any]
     scale: dict[str, dict[str, float]] | None = None
     codec: Packing | None = None
+    extends: Extends | None = None
 
     @cached_property
     def id(self) -> str:
@@ -52,7 +62,8 @@ class Header:
             models = {name: Model(**model) for name, model in data["models"].items()}
             sources = {name: Source(**source) for name, source in data["sources"].items()}
             packing = Packing(**data["codec"]) if data["codec"] else None
-            return cls(data["spec"], models, sources, data["plan"], data["scale"], packing)
+            extends = Extends(**data["extends"]) if data["extends"] else None
+            return cls(data["spec"], models, sources, data["plan"], data["scale"], packing, extends)
         except (ValueError, KeyError, TypeError, AttributeError):
             way_out = "Give the folder NAME.zarr that harvest run wrote"
             raise StoreError("no Granary store here", path, way_out) from None

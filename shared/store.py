@@ -6,37 +6,20 @@ Letters: N rows, S rows per shard, C rows per chunk, D width of a source, K leng
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 import zarr
 
 from shared import files, layout
 from shared.errors import StoreDamagedError, StoreError, StoreUnfinishedError
+from shared.flags import count_faults
 from shared.header import Header
 from shared.layout import DAMAGED, GROUP, SEALED, Unit, crc32c, padded, raw
-from shared.moments import CLASSES, Moments
-from shared.shard import THREADS, Files, Form, Shards, form_of
-from shared.source import Source
-
-if TYPE_CHECKING:
-    import dask.array
-
-FIRST, BOS, SPECIAL = 1, 2, 4  # bits of rows/<model>/flags
-ROLES = (
-    "system",
-    "user",
-    "assistant",
-    "tool",
-    "other",
-)  # of the message that a row's token ends in: bits 3 to 5, from 1
-TEMPLATE = 64  # the row's token ends in a chat, outside the content of every message
-CLIPPED, MASKED, SINK = 1, 2, 4  # bits of faults/<source>
-TRAIN, HELD_OUT = 0, 1  # documents/split
+from shared.shard import Files, Form, Shards, form_of
+from shared.view import View
 
 
 @dataclass(frozen=True)
@@ -50,20 +33,19 @@ class Part:
     subnormal: int = 0
 
 
-class Store:
+class Store(View):
     """A store, finished or not. Reading is by memory map, or by decoding what is packed, and needs no zarr."""
 
     def __init__(self, path: Path, header: Header) -> None:
-        self.path, self.header = path, header
-        self.rows: int = header.plan["rows"]
+        super().__init__(path, header)
         self.shard_rows: int = header.plan["shard_rows"]
-        self.chunk_rows: int = header.plan["chunk_rows"]
-        self.shards: int = header.plan["shards"]
-        self.dtype: torch.dtype = getattr(torch, header.plan["dtype"])
 
-    def __repr__(self) -> str:
-        sources = ", ".join(f"{name} ({one.width})" for name, one in self.header.sources.items())
-        return f"Store({str(self.path)!r}: {self.rows:,} rows of {sources})"
+    @property
+    def members(self) -> list[str]:
+        return [self.header.id]
+
+    def beside(self, source: str) -> list[str]:
+        return list(self.header.models)
 
     # --- making -------------------------------------------------------------------------------------------------
 
@@ -233,20 +215,6 @@ class Store:
         except (ValueError, KeyError, TypeError):
             return [SEALED]
 
-    def sources_of(self, model: str) -> list[Source]:
-        return [source for source in self.header.sources.values() if source.model == model]
-
-    def source(self, name: str) -> Source:
-        """Raises StoreError, naming the store's sources, where there is none of this name."""
-        if name not in self.header.sources:
-            raise StoreError("this store has no source", name, f"It has: {', '.join(self.header.sources)}")
-        return self.header.sources[name]
-
-    def factor(self, source: str) -> float:
-        """The model's value = stored value x factor."""
-        assert self.header.scale is not None
-        return self.header.scale[source]["factor"]
-
     def rows_of(self, shard: int) -> range:
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
 
@@ -266,13 +234,6 @@ class Store:
             return found
 
         return self.form(source).open(Files(self.rows, path, crcs))
-
-    def stored(self, source: str, rows_B: np.ndarray) -> np.ndarray:
-        """These rows of a source as they were stored: [B, D]. layout.floats makes numbers of them."""
-        out_BD = np.empty((len(rows_B), self.source(source).width), layout.DTYPES[self.header.plan["dtype"]])
-        with ThreadPoolExecutor(THREADS, "decode") as pool:
-            self.activations(source).take(rows_B, out_BD, pool)
-        return out_BD
 
     def map(self, name: str, index: int = 0) -> np.ndarray:
         """A read-only memory map of file `index` of the array `name`, without padding. Refuses what is packed."""
@@ -304,50 +265,6 @@ class Store:
         numbers = range(start // chunk, -(-stop // chunk))
         return np.concatenate([self.map(name, n)[max(start - n * chunk, 0) : stop - n * chunk] for n in numbers])
 
-    def read(self, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """Rows [start:stop] as Python slices them, in the model's own units: {source: float32 [rows, width]}."""
-        rows_B = np.arange(*slice(start, stop).indices(self.rows))
-        return {
-            name: layout.floats(self.stored(name, rows_B)).float() * self.factor(name) for name in self.header.sources
-        }
-
-    def dask(self, source: str, block_rows: int = 65_536) -> "dask.array.Array":
-        """The rows of a source in the model's own units, lazily: float32 [N, width], no block across two shards.
-
-        A block is read where it is computed: on a cluster, by the worker, which must see the store under its path.
-        """
-        import dask.array
-
-        width, blocks = self.source(source).width, []
-        for shard in range(self.shards):
-            rows = self.rows_of(shard)
-            for start in range(rows.start, rows.stop, block_rows):
-                piece = dask.delayed(self._piece)(source, start, min(start + block_rows, rows.stop))
-                shape = (min(block_rows, rows.stop - start), width)
-                blocks.append(dask.array.from_delayed(piece, shape, np.float32))
-        return dask.array.concatenate(blocks)
-
-    def _piece(self, source: str, start: int, stop: int) -> np.ndarray:
-        stored_BD = self.stored(source, np.arange(start, stop))
-        return layout.floats(stored_BD).float().numpy() * np.float32(self.factor(source))
-
-    def moments(self, source: str, classes: Iterable[str]) -> Moments:
-        """The moments of all rows of these classes, in the model's own units, merged in shard order."""
-        width, wanted = self.header.sources[source].width, [CLASSES.index(name) for name in classes]
-        total = Moments.empty(width)
-        for packed_XK in self.column(f"moments/{source}"):
-            for index in wanted:
-                total = total.merge(Moments.unpack(packed_XK[index]))
-        return total
-
-    def fault_counts(self, source: str) -> dict[str, int]:
-        """Rows that are clipped, masked and sinks."""
-        return count_faults(self.column(f"faults/{source}"))
-
-    def document_ids(self) -> list[str]:
-        text, ends = self.column("documents/id").tobytes(), self.column("documents/id_end").tolist()
-        return [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
-
     # --- files --------------------------------------------------------------------------------------------------
 
     def _declare(self, name: str, array: layout.Array) -> None:
@@ -372,16 +289,6 @@ class Store:
         data = raw(values)
         files.write_atomic(self.path / name, [data])
         return {name: {"size": len(data), "crc32c": crc32c([data])}}
-
-
-def role_flag(role: str) -> int:
-    """The bits of rows/<model>/flags for a row of a message of this role."""
-    return (1 + ROLES.index(role if role in ROLES else "other")) << 3
-
-
-def count_faults(faults_N: np.ndarray) -> dict[str, int]:
-    bits = {"clipped": CLIPPED, "masked": MASKED, "sink": SINK}
-    return {name: int(np.count_nonzero(faults_N & bit)) for name, bit in bits.items()}
 
 
 def _size(path: Path) -> int:

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from shared.codec import Packing
+from shared.flags import CLIPPED, FIRST, HELD_OUT, MASKED, SINK, SPECIAL
+from shared.header import Header
 from shared.moments import CLASSES, Moments, class_of
 from shared.source import Model, Source
-from shared.store import CLIPPED, FIRST, HELD_OUT, MASKED, SINK, SPECIAL, Header, Part, Store
+from shared.store import Part, Store
 
 LARGEST, SINK_TIMES = 65504.0, 10.0  # of fp16; sinks are 10 x the median norm
 

@@ -31,7 +31,10 @@ MODULES: dict[str, dict[str, str]] = {
         "codec": "chunks of activations in fewer bytes",
         "header": "what a store says of itself",
         "shard": "the rows of one source in its shard files, raw or packed",
+        "flags": "what single bits say of a row",
+        "view": "what can be read: one store, or siblings as one",
         "store": "the store on disk, as STORE.md says: create, put, seal, open, map",
+        "family": "siblings as one: a store with those that it extends",
         "verify": "is a store sound: receipts and sizes, or every checksum",
         "models": "models and tokenizers from a folder, a GGUF file, a package or a hub id",
         "hooks": "sites of a model, and capture of what passes there",
@@ -46,6 +49,7 @@ MODULES: dict[str, dict[str, str]] = {
         "chat": "messages -> the text that each model reads, and where their contents stand in it",
         "draft": "pure: one document -> its segments and rows; many of them -> a piece of a plan",
         "survey": "all corpora, read once: fingerprints, and the order of documents",
+        "extend": "a sibling of a finished store: what it may change, and what it shares",
         "plan": "pure: pieces -> rows, shards, batches and bytes, fixed before any model runs",
         "forward": "the planned batches -> rows per source",
         "cast": "fp16 with a guard: a power-of-two scale, and counts of what it cannot hold",
@@ -111,7 +115,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "safetensors": ("shared/models.py", "train/checkpoint.py", "train/dictionary.py"),
     "datasets": ("harvest/corpus.py",),
     "pyarrow": ("harvest/corpus.py",),
-    "dask": ("harvest/cluster.py", "shared/store.py"),  # there inside Store.dask alone
+    "dask": ("harvest/cluster.py", "shared/view.py"),  # there inside View.dask alone
     "distributed": ("harvest/cluster.py",),
     "typer": ("harvest/console.py", "harvest/upkeep.py", "harvest/cli.py", "train/cli.py"),
     "matplotlib": ("train/report.py",),

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import shared.errors
 from shared.config import Config, keys_of, parse
 from shared.errors import ConfigError
+from shared.header import Header
 from shared.hooks import KINDS
-from shared.store import Header
 from tests import reference
 from tests.build import make_store
 from train import method

@@ -19,7 +19,8 @@ from harvest.config import CorpusConfig
 from harvest.forward import Batches
 from shared import models
 from shared.device import torch_threads
-from shared.store import HELD_OUT, Store
+from shared.flags import HELD_OUT
+from shared.store import Store
 from train import dictionary as dictionaries
 from train import measure
 from train.dictionary import Dictionary

@@ -1,8 +1,12 @@
-"""Stage 2: train dictionaries on a store. Four verbs: Store.open, fit, Dictionary.load, dictionary.encode."""
+"""Stage 2: train dictionaries on a store. Four verbs: Store.open, fit, Dictionary.load, dictionary.encode.
 
+open_family reads a store as one with those that it extends; stage copies one from a URL.
+"""
+
+from shared.family import open_family
 from shared.remote import stage
 from shared.store import Store
 from train.dictionary import Dictionary
 from train.fit import fit
 
-__all__ = ["Dictionary", "Store", "fit", "stage"]
+__all__ = ["Dictionary", "Store", "fit", "open_family", "stage"]

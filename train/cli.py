@@ -10,7 +10,8 @@ import typer
 from shared import config as configs
 from shared import files, remote
 from shared.errors import CheckpointError, StoreError, one_line
-from shared.store import Store
+from shared.family import open_family
+from shared.view import View
 from train import measure as measuring
 from train import method as method_files
 from train import report
@@ -143,16 +144,16 @@ def show(
         print(f"span        {span['name']}: {span['size']:,} latents, {ends}")
 
 
-def _opened(store: str, below: str | None, quiet: bool) -> Store:
+def _opened(store: str, below: str | None, quiet: bool) -> View:
     """The store in a folder; of one at a URL the copy on this machine, which is made first."""
-    return Store.open(remote.stage(store, below, quiet) if remote.is_url(store) else store)
+    return open_family(remote.stage(store, below, quiet) if remote.is_url(store) else store)
 
 
 def _run_folder(path: str) -> Path:
     return remote.local(path, "Give the folder of a run")
 
 
-def _require_same_sites(folder: Path, store: Store, dictionary: Dictionary) -> None:
+def _require_same_sites(folder: Path, store: View, dictionary: Dictionary) -> None:
     """Figures on rows of another site look like any others."""
     if (origin := _of_run(folder, report.STORE)) is None:
         return

@@ -15,8 +15,9 @@ from shared import config as configs
 from shared import files, layout
 from shared.device import device_of, torch_threads
 from shared.errors import CheckpointError, ConfigError, TrainingError
+from shared.family import open_family
 from shared.log import Log, bar
-from shared.store import Store
+from shared.view import View
 from train import checkpoint, dictionary, measure, report, scale, wiring
 from train.config import TrainConfig
 from train.loader import Loader
@@ -35,7 +36,7 @@ class Run:
 
 
 def fit(
-    store: Store | str | Path, config: TrainConfig | Mapping[str, Any], folder: str | Path | None = None,
+    store: View | str | Path, config: TrainConfig | Mapping[str, Any], folder: str | Path | None = None,
     quiet: bool = False,
 ) -> Run:  # fmt: skip
     """Train one dictionary on a store, or on that at a path. `config` is a TrainConfig or its tables as a mapping.
@@ -44,12 +45,12 @@ def fit(
     measure.json and report.html. Raises ConfigError, WiringError, StoreError, TrainingError or CheckpointError.
     """
     asked = configs.parse(TrainConfig, config) if isinstance(config, Mapping) else config
-    opened = Store.open(store) if isinstance(store, str | Path) else store
+    opened = open_family(store) if isinstance(store, str | Path) else store
     with torch_threads(asked.threads):
         return _fit(opened, asked, folder, quiet)
 
 
-def _fit(store: Store, asked: TrainConfig, folder: str | Path | None, quiet: bool) -> Run:
+def _fit(store: View, asked: TrainConfig, folder: str | Path | None, quiet: bool) -> Run:
     _require_free(folder)
     made = prepare(store, asked)
     path = _claim(folder, asked)
@@ -78,7 +79,7 @@ class Made:
     dropped: dict[str, int]
 
 
-def prepare(store: Store, config: TrainConfig) -> Made:
+def prepare(store: View, config: TrainConfig) -> Made:
     """Check everything that can be wrong, and build order, scale, dictionary and trainer. Writes nothing."""
     sources = config.wiring.sources or list(store.header.sources)
     widths = {name: store.source(name).width for name in sources}
@@ -102,16 +103,17 @@ def prepare(store: Store, config: TrainConfig) -> Made:
     return Made(config, Trainer(made.to(device), list(terms), config), order, sources, kept.dropped)
 
 
-def _origin(store: Store, sources: list[str]) -> dict[str, Any]:
+def _origin(store: View, sources: list[str]) -> dict[str, Any]:
     """What a run was trained on: the store's id and place, and per source its model and site."""
     found = [store.source(name) for name in sources]
     places = {
         one.name: {"model": store.header.models[one.model].path, "site": one.site, "width": one.width} for one in found
     }
-    return {"id": store.header.id, "path": str(store.path.absolute()), "rows": store.rows, "sources": places}
+    path = str(store.path.absolute())
+    return {"id": store.header.id, "members": store.members, "path": path, "rows": store.rows, "sources": places}
 
 
-def _block_rows(store: Store, widths: Mapping[str, int]) -> int:
+def _block_rows(store: View, widths: Mapping[str, int]) -> int:
     return layout.block_rows(store.chunk_rows, 2 * min(widths.values()))
 
 
@@ -149,7 +151,7 @@ def _opening(made: Made, path: Path) -> str:
     )
 
 
-def _train(store: Store, made: Made, path: Path, log: Log) -> None:
+def _train(store: View, made: Made, path: Path, log: Log) -> None:
     config, trainer = made.config, made.trainer
     identity = {"store": store.header.id, "config": configs.fingerprint(config.model_dump(mode="json"))}
     device = trainer.idle_L.device

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from shared import layout
-from shared.store import Store
+from shared.view import View
 from train.order import Order
 from train.reader import Reader
 
@@ -48,7 +48,7 @@ class Loader:
     """
 
     def __init__(
-        self, store: Store, sources: list[str], order: Order, batch: int, steps: range, device: torch.device,
+        self, store: View, sources: list[str], order: Order, batch: int, steps: range, device: torch.device,
         threads: int = 1, slots: int = 4, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
         assert batch > 0 and threads > 0 and slots > 0 and len(order.kept_N) == store.rows

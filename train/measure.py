@@ -13,8 +13,9 @@ from torch import Tensor
 
 from shared import layout
 from shared.errors import StoreError
+from shared.flags import HELD_OUT, TRAIN
 from shared.log import bar
-from shared.store import HELD_OUT, TRAIN, Store
+from shared.view import View
 from train.dictionary import Dictionary, relative_norms
 from train.order import Order
 from train.reader import Reader, kept_rows
@@ -150,7 +151,7 @@ def sources_of(dictionary: Dictionary) -> list[str]:
     return list(dictionary.wiring.widths)
 
 
-def measure(dictionary: Dictionary, store: Store, most: int = 131_072, quiet: bool = False) -> dict[str, Any]:
+def measure(dictionary: Dictionary, store: View, most: int = 131_072, quiet: bool = False) -> dict[str, Any]:
     """The figures of a dictionary on a store: FVE and the like on held-out rows, dead latents on training rows too.
 
     At most `most` rows of either split are read, a keyed sample where there are more; the filter is that of training.
@@ -174,7 +175,7 @@ def measure(dictionary: Dictionary, store: Store, most: int = 131_072, quiet: bo
         return held_out.result(training.fires_L) | {"training_rows": training.rows}
 
 
-def require_held_out(store: Store, sources: Sequence[str]) -> np.ndarray:
+def require_held_out(store: View, sources: Sequence[str]) -> np.ndarray:
     """The held-out rows that measures read, a mask. Raises StoreError where there is none."""
     kept_N = kept_rows(store, list(sources), HELD_OUT).kept_N
     if not kept_N.any():
@@ -184,7 +185,7 @@ def require_held_out(store: Store, sources: Sequence[str]) -> np.ndarray:
     return kept_N
 
 
-def _sample(store: Store, dictionary: Dictionary, split: int, most: int) -> np.ndarray:
+def _sample(store: View, dictionary: Dictionary, split: int, most: int) -> np.ndarray:
     sources = sources_of(dictionary)
     kept = require_held_out(store, sources) if split == HELD_OUT else kept_rows(store, sources, split).kept_N
     if not kept.any():  # a store for evaluation alone
@@ -193,7 +194,7 @@ def _sample(store: Store, dictionary: Dictionary, split: int, most: int) -> np.n
 
 
 def _batches(
-    store: Store, dictionary: Dictionary, rows: np.ndarray, device: torch.device
+    store: View, dictionary: Dictionary, rows: np.ndarray, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     with Reader(store, sources_of(dictionary)) as reader:
         for _, stored in reader.stream(rows, BATCH):

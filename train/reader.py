@@ -12,8 +12,9 @@ import numpy as np
 
 from shared import config, layout
 from shared.errors import StoreError
+from shared.flags import FIRST, MASKED, SINK, SPECIAL, TRAIN
 from shared.shard import THREADS
-from shared.store import FIRST, MASKED, SINK, SPECIAL, TRAIN, Store
+from shared.view import View
 
 RULES = ("special", "first", "sink")  # what the default filter drops beside masked rows and the other split
 SPARE_FILES = 256  # descriptors left to the rest of the process
@@ -30,7 +31,7 @@ class Kept:
     dropped: dict[str, int]
 
 
-def kept_rows(store: Store, sources: Iterable[str], split: int = TRAIN, drop: Collection[str] = RULES) -> Kept:
+def kept_rows(store: View, sources: Iterable[str], split: int = TRAIN, drop: Collection[str] = RULES) -> Kept:
     """The rows of documents of `split` that no rule of `drop` drops for any of `sources` or their models.
 
     Masked rows are always dropped. Raises ConfigError for an unknown rule, StoreError for an unknown source.
@@ -49,11 +50,11 @@ def kept_rows(store: Store, sources: Iterable[str], split: int = TRAIN, drop: Co
         for rule in dropped:
             dropped[rule] += int(np.count_nonzero(keep_S & hits[rule]))
             keep_S &= ~hits[rule]
-        kept_N[shard * store.shard_rows :][: len(keep_S)] = keep_S
+        kept_N[store.rows_of(shard).start : store.rows_of(shard).stop] = keep_S
     return Kept(kept_N, dropped)
 
 
-def _hits(store: Store, sources: list[str], models: list[str], shard: int) -> dict[str, np.ndarray]:
+def _hits(store: View, sources: list[str], models: list[str], shard: int) -> dict[str, np.ndarray]:
     """Which rows of a shard each rule of flags and faults drops."""
     flags_S = np.bitwise_or.reduce([store.map(f"rows/{model}/flags", shard) for model in models])
     faults_S = np.bitwise_or.reduce([store.map(f"faults/{name}", shard) for name in sources])
@@ -74,7 +75,7 @@ class Reader:
     `store.factor(source)` for the model's own units.
     """
 
-    def __init__(self, store: Store, sources: Iterable[str]) -> None:
+    def __init__(self, store: View, sources: Iterable[str]) -> None:
         self.store = store
         self.widths = {name: store.source(name).width for name in sources}
         self.dtype = np.dtype(layout.DTYPES[store.header.plan["dtype"]])

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from shared import layout
 from shared.errors import StoreError
+from shared.flags import FIRST, MASKED, SINK, SPECIAL, TRAIN
 from shared.moments import Moments
-from shared.store import FIRST, MASKED, SINK, SPECIAL, TRAIN, Store
+from shared.view import View
 from train.order import Order
 from train.reader import Reader
 
@@ -45,7 +46,7 @@ class Scale(nn.Module):
         return x_BD / self.factor(source) + self.mean(source)
 
 
-def fit(store: Store, sources: Sequence[str], order: Order, kind: Kind, centre: bool) -> Scale:
+def fit(store: View, sources: Sequence[str], order: Order, kind: Kind, centre: bool) -> Scale:
     """The scale of the rows that `order` serves.
 
     mean    the mean of a source's rows, exact, where `centre`; else 0
@@ -79,7 +80,7 @@ def _rms(moments: Moments) -> float:
     return math.sqrt(moments.variance() / len(moments.mean_D) + float(np.square(moments.mean_D).mean()))
 
 
-def kept_moments(store: Store, reader: Reader, source: str, kept_N: np.ndarray) -> Moments:
+def kept_moments(store: View, reader: Reader, source: str, kept_N: np.ndarray) -> Moments:
     """The moments of the kept rows of a source, exact, in the model's own units.
 
     They are those of the store's class of ordinary training rows, less the few that this run drops for another source's
@@ -93,29 +94,29 @@ def kept_moments(store: Store, reader: Reader, source: str, kept_N: np.ndarray) 
     return total.without(_read_moments(store, reader, source, extra))
 
 
-def ordinary_rows(store: Store, source: str) -> np.ndarray:
+def ordinary_rows(store: View, source: str) -> np.ndarray:
     """The rows of the class ordinary/train of this source's moments (STORE.md), bool N."""
-    flags_N = np.bitwise_or.reduce([store.column(f"rows/{model}/flags") for model in store.header.models])
+    flags_N = np.bitwise_or.reduce([store.column(f"rows/{model}/flags") for model in store.beside(source)])
     train_n = store.column("documents/split") == TRAIN
     bad_N = (flags_N & (SPECIAL | FIRST) > 0) | (store.column(f"faults/{source}") & (SINK | MASKED) > 0)
     return ~bad_N & train_n[store.column("rows/document")]
 
 
-def _read_moments(store: Store, reader: Reader, source: str, rows: np.ndarray) -> Moments:
+def _read_moments(store: View, reader: Reader, source: str, rows: np.ndarray) -> Moments:
     total = Moments.empty(store.source(source).width)
     for x_ND in _read(store, reader, source, rows):
         total = total.merge(Moments.of(x_ND))
     return total
 
 
-def _median_norm(store: Store, reader: Reader, source: str, order: Order, mean_D: np.ndarray) -> float:
+def _median_norm(store: View, reader: Reader, source: str, order: Order, mean_D: np.ndarray) -> float:
     mean = torch.from_numpy(mean_D)
     rows = order.sample(MEDIAN_ROWS, seed=0)
     norms = [torch.linalg.vector_norm(x_ND - mean, dim=1) for x_ND in _read(store, reader, source, rows)]
     return float(np.median(torch.cat(norms).numpy()))
 
 
-def _read(store: Store, reader: Reader, source: str, rows: np.ndarray) -> Iterable[Tensor]:
+def _read(store: View, reader: Reader, source: str, rows: np.ndarray) -> Iterable[Tensor]:
     """These rows of one source in the model's own units, float64, a piece at a time."""
     factor = store.factor(source)
     return (layout.floats(x[source]).double() * factor for _, x in reader.stream(rows, CHUNK))

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.header import Header
 from shared.layout import raw
 from shared.moments import CLASSES, Moments
 from shared.source import Model, Source
-from shared.store import Header, Part, Store
+from shared.store import Part, Store
 from tests.benchmarks.pairs import interleaved, report
 
 WIDTH, CHUNK_BYTES = 2304, 2**21  # of Gemma-2-2b; the default of store.chunk_bytes

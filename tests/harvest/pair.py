@@ -10,8 +10,9 @@ from harvest.bench import Bench
 from harvest.config import HarvestConfig
 from harvest.job import prepare
 from shared import layout
+from shared.flags import FIRST, HELD_OUT, SINK, SPECIAL
 from shared.log import Log
-from shared.store import FIRST, HELD_OUT, SINK, SPECIAL, Store
+from shared.store import Store
 
 Tree = dict[str, bytes]
 

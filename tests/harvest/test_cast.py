@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harvest.cast import calibrated, cast, difference, factor_for
-from shared.store import CLIPPED, MASKED, SINK
+from shared.flags import CLIPPED, MASKED, SINK
 
 FP16_MAX = 65_504.0
 FP16, BF16 = torch.float16, torch.bfloat16

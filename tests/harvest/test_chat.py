@@ -24,8 +24,9 @@ from harvest.job import prepare
 from harvest.segments import Speller, Tokens
 from shared import files, models
 from shared.errors import AlignmentError, ConfigError, CorpusError, GranaryError, ModelError
+from shared.flags import ROLES, SPECIAL, TEMPLATE, role_flag
 from shared.log import Log
-from shared.store import ROLES, SPECIAL, TEMPLATE, Store, role_flag
+from shared.store import Store
 from tests.harvest.pair import config, harvest
 from tests.tiny import Spelling, byte_level, save_model, sentencepiece
 

@@ -7,7 +7,7 @@ from harvest.config import RowsConfig
 from harvest.corpus import Document
 from harvest.draft import Drafter, key_of, piece, split_of
 from harvest.segments import Speller
-from shared.store import BOS, FIRST, HELD_OUT, SPECIAL, TRAIN
+from shared.flags import BOS, FIRST, HELD_OUT, SPECIAL, TRAIN
 from tests.tiny import TEXTS, byte_level, sentencepiece
 
 

@@ -23,8 +23,8 @@ from harvest.draft import Drafter, key_of, piece
 from harvest.plan import Plan
 from harvest.segments import Speller
 from shared.errors import AlignmentError
+from shared.flags import BOS, FIRST, SPECIAL
 from shared.source import Source
-from shared.store import BOS, FIRST, SPECIAL
 from tests.tiny import TEXTS, byte_level, hand_made, sentencepiece, wordpiece
 
 DOCUMENTS = [Document(f"d{number}", text) for number, text in enumerate(TEXTS)]

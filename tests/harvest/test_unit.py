@@ -16,9 +16,10 @@ from harvest import unit, worker
 from harvest.forward import Batch
 from shared import models
 from shared.errors import ActivationError
+from shared.flags import CLIPPED, MASKED, SINK
 from shared.log import Log
 from shared.moments import CLASSES
-from shared.store import CLIPPED, MASKED, SINK, Store
+from shared.store import Store
 from tests.harvest.pair import classes, config, harvest, stored, tree
 
 

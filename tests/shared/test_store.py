@@ -28,9 +28,11 @@ from shared import files, layout
 from shared.codec import CODECS, Packing
 from shared.config import fingerprint
 from shared.errors import StoreDamagedError, StoreError, StoreMismatchError, StoreUnfinishedError
+from shared.flags import CLIPPED, MASKED, SINK, count_faults
+from shared.header import Header
 from shared.moments import CLASSES, Moments
 from shared.source import Model, Source
-from shared.store import CLIPPED, MASKED, SINK, Header, Part, Store, count_faults
+from shared.store import Part, Store
 
 ABSENT = 2**64 - 1
 MADE_WITH = {"device": "cpu", "threads": 1, "versions": {"torch": "2"}}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from shared.errors import StoreError
-from shared.store import HELD_OUT, TRAIN, Store
+from shared.flags import HELD_OUT, TRAIN
+from shared.store import Store
 from tests import cases
 from tests.build import make_store
 from train.dictionary import Dictionary, create

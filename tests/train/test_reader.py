@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from shared.codec import Packing
 from shared.errors import ConfigError, StoreError
-from shared.store import BOS, CLIPPED, FIRST, HELD_OUT, MASKED, SINK, SPECIAL, TRAIN, Store
+from shared.flags import BOS, CLIPPED, FIRST, HELD_OUT, MASKED, SINK, SPECIAL, TRAIN
+from shared.store import Store
 from tests.build import make_store
 from train.reader import Reader, kept_rows
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from shared.errors import StoreError
-from shared.store import FIRST, SPECIAL, Store
+from shared.flags import FIRST, SPECIAL
+from shared.store import Store
 from tests.build import make_store
 from train import scale as scales
 from train.order import Order
