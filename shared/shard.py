@@ -280,7 +280,7 @@ class PackedShards(Shards):
             if crc32c([data]) != opened.crcs[slot]:
                 raise ValueError("another checksum")
             self._form.codec.decode(data, rows_CD)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             first = chunk * self._form.chunk_rows
             rows = range(first, min(first + self._form.chunk_rows, self._files.rows))
             raise _damaged(opened.path, f"rows {rows[0]} to {rows[-1]}: {error}") from None
@@ -289,8 +289,8 @@ class PackedShards(Shards):
         if shard not in self._opened:
             path = self._files.path(shard)
             try:
-                crcs = self._files.crcs(shard)
-            except (OSError, ValueError, KeyError, TypeError):
+                crcs = np.array(self._files.crcs(shard), np.uint32)
+            except (OSError, ValueError, KeyError, TypeError, OverflowError):
                 raise _damaged(path, "its receipt cannot be read") from None
             self._opened[shard] = _Opened(path, self._form.slots, crcs)
         return self._opened[shard]
@@ -299,7 +299,7 @@ class PackedShards(Shards):
 class _Opened:
     """A shard file with offset and length of its chunks, and their checksums."""
 
-    def __init__(self, path: Path, slots: int, crcs: Sequence[int]) -> None:
+    def __init__(self, path: Path, slots: int, crcs: np.ndarray) -> None:
         self.path, self.crcs = path, crcs
         self._file = path.open("rb", buffering=0)
         end = os.fstat(self._file.fileno()).st_size
