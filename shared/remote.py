@@ -224,6 +224,9 @@ def fetch(remote: Remote, path: Path, wanted: Mapping[str, tuple[int, int]], wha
 
     What lies there already is read, and kept if it is right.
     """
+    for name in wanted:
+        if not _inside(name):
+            raise remote.damaged(name, "leads out of the store")
     total = sum(size for size, _ in wanted.values())
     with bar(what, "bytes", total, quiet=quiet) as progress, _Several(progress.update) as several:
         several.all(lambda tick, name: _settle(remote, path / name, name, *wanted[name], tick), list(wanted))
@@ -347,12 +350,15 @@ def _table(remote: Remote, sealed: bytes) -> dict[str, Any]:
     """`sealed` as JSON, with names that stay inside the store."""
     try:
         table: dict[str, Any] = json.loads(sealed)
-        names = [*table["files"], *(f"receipts/{name}" for name in table["receipts"])]
-        if all(PurePosixPath(name).parts and not {"..", "/"} & set(PurePosixPath(name).parts) for name in names):
+        if all(_inside(name) for name in [*table["files"], *(f"receipts/{name}" for name in table["receipts"])]):
             return table
     except (ValueError, KeyError, TypeError):
         pass
     raise remote.damaged(SEALED, "cannot be read")
+
+
+def _inside(name: str) -> bool:
+    return bool(PurePosixPath(name).parts) and not {"..", "/"} & set(PurePosixPath(name).parts)
 
 
 def _id(group: bytes) -> str:

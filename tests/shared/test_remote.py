@@ -227,6 +227,8 @@ def test_names_that_lead_out_of_the_store_are_refused(full: Bucket, name: str, t
     full.write("sealed", json.dumps(sealed).encode())
     with pytest.raises(StoreDamagedError, match="cannot be read: sealed"):
         stage(full.url, tmp_path / "here", quiet=True)
+    with pytest.raises(StoreDamagedError, match="leads out of the store"):
+        remote.fetch(Remote(full.url), tmp_path / "here", {name: (1, 1)}, "staging", quiet=True)
     assert not list(tmp_path.rglob("outside"))
 
 
