@@ -120,6 +120,17 @@ def wait(store: Path, say: Callable[[str], None]) -> Iterator[None]:
             return
 
 
+def sweep(store: Path, say: Callable[[str], None]) -> None:
+    """Remove the marks of holders that have ended, as of one that was killed behind its last step."""
+    with suppress(OSError):  # others are in it, or it may not be written
+        for mark, holder, silent_s in _marks(store):
+            if holder is not None and holder.gone(silent_s):
+                _take(mark, holder)
+                say(f"{holder} has ended without letting go")
+        files.sweep(folder_of(store))
+        folder_of(store).rmdir()
+
+
 def _evict(store: Path, me: Holder, say: Callable[[str], None]) -> None:
     """Remove the marks of processes that have ended. Raises LockError for one that has not and excludes `me`."""
     for mark, holder, silent_s in _marks(store):

@@ -67,6 +67,7 @@ def run(job: Job, crew: Crew, log: Log, part: Part | None = None) -> Store:
     """
     with destination.of(job.config.store) as to:
         if to.is_finished(job.spec):
+            lock.sweep(job.path, _told(log))
             log.event("done", f"{to.name} is already finished: nothing to do")
             return to.finished(job.spec, log)
         with lock.hold(job.path, _told(log), part.slot if part else lock.WHOLE):

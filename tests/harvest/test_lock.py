@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -166,3 +167,17 @@ def test_what_a_killed_process_left_in_the_folder_goes_with_it(store: Path, said
     with hold(store, said.append):
         (lock.folder_of(store) / "whole.abc.partial").write_text("taken, and then it was killed")
     assert list(store.parent.iterdir()) == []
+
+
+def test_a_holder_that_was_killed_behind_its_last_step_leaves_nothing(store: Path, said: list[str]) -> None:
+    process = other(store)
+    process.kill()
+    process.wait()
+    lock.sweep(store, said.append)
+    assert said == [f"process {process.pid} on {platform.node()} has ended without letting go"]
+    assert list(store.parent.iterdir()) == []
+    with hold(store, said.append):
+        lock.sweep(store, said.append)  # one that lives is left alone
+        assert len(holders(store)) == 1
+    lock.sweep(store, said.append)
+    assert len(said) == 1

@@ -5,6 +5,8 @@ Letters: T tokens of a segment, N rows, D width, G segments.
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harvest import plan
+from harvest import lock, plan
 from harvest.job import prepare
 from harvest.worker import Worker
 from shared import files, models, verify
@@ -387,3 +389,24 @@ def test_a_path_that_is_in_use_is_refused_and_left_alone(
     with pytest.raises(StoreError, match=r"no Granary store here|in use and is no store"):
         harvest(config(home, path))
     assert tree(tmp_path) == before
+
+
+def test_a_finished_store_is_let_go_of_for_one_that_was_killed(home: Path, tmp_path: Path) -> None:
+    store = harvest(config(home, tmp_path / "x.zarr"))
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(store.path)], stdout=subprocess.PIPE)
+    assert child.stdout is not None and child.stdout.readline()
+    child.kill()
+    child.wait()
+    assert lock.folder_of(store.path).exists()
+    harvest(config(home, store.path))
+    assert not lock.folder_of(store.path).exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from harvest.lock import hold
+with hold(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
