@@ -30,13 +30,6 @@ def test_a_header_reads_back_as_it_was_written(header: Header, tmp_path: Path) -
     assert Header.read(tmp_path) == header
 
 
-def test_a_header_without_a_codec_is_of_a_store_that_is_not_packed(tmp_path: Path) -> None:
-    attributes = HEADER.attributes()
-    del attributes["granary"]["codec"]
-    files.write_json(tmp_path / GROUP, {"attributes": attributes})
-    assert Header.read(tmp_path) == HEADER
-
-
 def test_the_id_is_the_fingerprint_of_the_spec_alone() -> None:
     elsewhere = replace(HEADER.models["m"], path="/elsewhere")
     assert HEADER.id == fingerprint(HEADER.spec)
