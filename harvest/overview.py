@@ -27,6 +27,7 @@ def status(path: Path) -> dict[str, Any]:
         "id": store.header.id,
         "state": state(store),
         "codec": codec(store),
+        "extends": f"{extends.path}, by more {extends.kind}" if (extends := store.header.extends) else "",
         "rows": store.rows,
         "units": {model: [sum(name == model for _, name in made), store.shards] for model in store.header.models},
         "bytes": sum(entry["size"] for receipt in receipts for entry in receipt["files"].values()),

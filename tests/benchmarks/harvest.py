@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harvest import work
+from harvest import planner, work
 from harvest.bench import Bench
 from harvest.config import HarvestConfig
 from harvest.forward import Batch, Batches
@@ -38,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = prepare(config(Path(folder) / "x.zarr", device), log)
         crew = work.OneProcess(Bench(job.checkpoints, device, None), log)
-        store = work.open_store(job, log)
+        store = planner.place(planner.planned(job, log), job.path)
         store = store.freeze(crew.scale(store))
         batches = [batch for shard in range(store.shards) for batch in Batches(store, "smol").of(shard)]
         model = models.load(job.checkpoints["smol"], store.header.models["smol"].dtype, None, device)

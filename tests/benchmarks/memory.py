@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harvest import work
+from harvest import destination, planner, work
 from harvest.bench import Bench
 from harvest.config import HarvestConfig
 from harvest.job import prepare
 from shared.log import Log
+from shared.store import Store
 from tests.benchmarks.pairs import machine
 from tests.tiny import byte_level, save_model
 
@@ -50,7 +51,7 @@ def main() -> None:
 def measured(place: Path, rows: int) -> dict[str, dict[str, int]]:
     corpus = place / f"{rows}.jsonl"
     corpus.write_text("".join(json.dumps({"text": text, "id": str(n)}) + "\n" for n, text in enumerate(texts(rows))))
-    peaks = {}
+    peaks: dict[str, dict[str, int]] = {}
     for phase in ("plan", "units"):
         command = [sys.executable, "-m", "tests.benchmarks.memory", phase, str(place), str(rows)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -89,12 +90,12 @@ def one(part: str, place: Path, rows: int) -> None:
         job = prepare(config, log)
     if part == "plan":
         with watched() as peaks["plan"]:
-            work.open_store(job, log)
+            planner.place(planner.planned(job, log), job.path)
     else:
         crew = work.OneProcess(Bench(job.checkpoints, "cpu", 1), log)
         with watched() as peaks["make units"]:
-            store = work.open_store(job, log)
-            work.finish(store.freeze(crew.scale(store)), crew, log)
+            store = Store.at(job.path)
+            work.finish(store.freeze(crew.scale(store)), crew, log, destination.Folder(job.path))
     print(json.dumps(peaks))
 
 
