@@ -183,5 +183,5 @@ class HarvestConfig(Config):
 
     @property
     def texts(self) -> dict[str, CorpusConfig]:
-        """{name: corpus}; a corpus on its own is named corpus."""
-        return self.corpora or {"corpus": self.corpus}
+        """{name: corpus}, by name, as their order in the file means nothing; one on its own is named corpus."""
+        return dict(sorted(self.corpora.items())) or {"corpus": self.corpus}

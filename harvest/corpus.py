@@ -164,7 +164,7 @@ def revision(config: CorpusConfig) -> str:
             way_out = f"Check corpus.path, corpus.revision and the network ({_reason(error)})"
             raise CorpusError("cannot ask for the stream's commit", config.path, way_out) from None
         mark = [config.path, str(config.name), str(sha)]
-    fields = [config.split, config.text, str(config.id), str(config.documents)]
+    fields = [config.split, config.messages or config.text, str(config.id), str(config.documents)]
     return hashlib.sha256("\n".join(["stream", *mark, *fields]).encode()).hexdigest()
 
 

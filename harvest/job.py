@@ -120,6 +120,9 @@ def _spec(
         "corpus": text,
         "chats": {name: template.identity for name, template in drafts.chats.items()},
         "rows": {**config.rows.model_dump(), "align": drafts.align},
+        **(
+            {"order": list(found)} if drafts.align == "greedy" else {}
+        ),  # of two texts alike, it grows the later model's
         "batch": config.batch.model_dump(),
         "store": config.store.model_dump(exclude={"path", "staging", "extends"}),
     }

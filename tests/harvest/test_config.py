@@ -130,3 +130,17 @@ def test_every_key_can_be_named() -> None:
     keys = keys_of(HarvestConfig)
     assert {"models.*.path", "models.*.sites", "corpus.text", "rows.align", "store.path", "threads"} <= set(keys)
     assert len(keys) == len(set(keys))
+
+
+def test_the_order_of_corpora_in_the_file_means_nothing() -> None:
+    def texts(*names: str) -> list[str]:
+        models = {"m": {"path": "p", "sites": ["resid.1"]}}
+        return list(HarvestConfig.model_validate({"models": models, "corpora": {name: {} for name in names}}).texts)
+
+    assert texts("web", "code") == texts("code", "web") == ["code", "web"]
+
+
+def test_a_corpus_and_corpora_exclude_each_other() -> None:
+    tables = {"models": {"m": {"path": "p", "sites": ["resid.1"]}}, "corpora": {"a": {}}, "corpus": {"path": "b.txt"}}
+    with pytest.raises(ValueError, match="Give corpus or corpora, not both"):
+        HarvestConfig.model_validate(tables)

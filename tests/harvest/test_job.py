@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from harvest.job import prepare
+from shared.config import fingerprint
 from shared.errors import ConfigError, ModelError, SiteError
 from shared.log import Log
 from shared.store import Store
@@ -61,3 +62,13 @@ def test_a_pattern_of_sites_is_a_source_for_each_and_heads_keep_their_shape(home
         one(home, tmp_path / "x.zarr", ["resid.0", "resid.2", "heads.0", "heads.1", "heads.2"], rows={"count": 40})
     )
     assert again.header.id == store.header.id
+
+
+def test_the_order_of_models_is_part_of_the_id_where_it_decides_rows(home: Path, tmp_path: Path) -> None:
+    def spec(align: str, names: list[str]) -> dict[str, object]:
+        models = {name: {"path": str(home / name), "sites": ["resid.1"]} for name in names}
+        return prepare(config(home, tmp_path / "x.zarr", models=models, rows={"align": align}), Log(quiet=True)).spec
+
+    there, back = ["llama", "gemma"], ["gemma", "llama"]
+    assert fingerprint(spec("offsets", there)) == fingerprint(spec("offsets", back))
+    assert fingerprint(spec("greedy", there)) != fingerprint(spec("greedy", back))
