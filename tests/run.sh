@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: format, lint, types, and the fast tests, in an environment of their own.
-# Arguments go to pytest: tests/run.sh tests/train -k order, or tests/run.sh -m slow
+# Two processes share the test files. Arguments go to pytest: tests/run.sh tests/train -k order, or tests/run.sh -m slow
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,4 +15,4 @@ export PATH="$PWD/.venv-test/bin:$PATH" HF_HUB_OFFLINE=1
 ruff format --check .
 ruff check .
 mypy
-pytest "$@"
+pytest -n 2 --dist loadfile "$@"

@@ -92,6 +92,7 @@ def test_killed_workers_at_random_moments(home: Path, tmp_path: Path, expected: 
         assert nothing_left(tmp_path / f"{number}.zarr")
 
 
+@pytest.mark.slow
 def test_a_worker_that_raises_ends_the_harvest_with_its_own_error_and_keeps_what_is_there(
     home: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:

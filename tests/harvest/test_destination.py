@@ -88,6 +88,7 @@ def test_the_objects_are_the_files_of_a_local_harvest_in_an_order_that_never_lie
         assert all(puts.index(file) < puts.index(name) for file in json.loads(bucket.read(name))["files"])
 
 
+@pytest.mark.slow
 def test_two_workers_make_the_same_objects(home: Path, pair: Store, bucket: Bucket) -> None:
     asked = to(home, bucket)
     job = prepare(asked, LOG)
@@ -172,7 +173,14 @@ def expected(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Tree:
     return tree(harvest(config(home, tmp_path_factory.mktemp("expected") / "x.zarr", store=SMALL)).path)
 
 
-@pytest.mark.parametrize("at", [pytest.param("the plan", marks=pytest.mark.slow), "the scale", "half of the units"])
+@pytest.mark.parametrize(
+    "at",
+    [
+        pytest.param("the plan", marks=pytest.mark.slow),
+        "the scale",
+        pytest.param("half of the units", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("lost", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["elsewhere", "here"])
 def test_kill_9_and_resume_gives_the_same_objects_and_no_others(
     home: Path, bucket: Bucket, tmp_path: Path, expected: Tree, at: str, lost: bool
@@ -274,6 +282,7 @@ def test_of_two_scales_the_first_counts(home: Path, pair: Store, bucket: Bucket)
     assert bucket.tree() == tree(pair.path)
 
 
+@pytest.mark.slow
 def test_two_whole_harvests_at_once_do_no_harm(home: Path, pair: Store, bucket: Bucket, tmp_path: Path) -> None:
     threads = [
         threading.Thread(target=subprocess.run, args=([sys.executable, "-c", COMMAND, "run", str(file)],))
