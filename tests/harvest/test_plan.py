@@ -415,7 +415,7 @@ def mixture(spellers: Spellers, count: int | None, **weights: float) -> Plan:
     words = ["a", "quick", "brown", "fox", "jumps", "over", "it", "and", "then", "over", "another", "one"]
     documents = [
         Document(f"{name}/{number}", " ".join(words[: 3 + (7 * number + part) % 9]), part)
-        for part, name in enumerate(weights)
+        for part, name in enumerate(sorted(weights))  # as the config numbers them
         for number in range(60)
     ]
     asked = config(corpora=corpora, rows={"count": count})
