@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,9 @@ def mend_plan(store: Store, job: Job, log: Log) -> list[str]:
     store.header.require_same(job.spec, store.path)
     with lock.hold(store.path, _told(log)):
         made = planner.planned(job, log)
-        if store.header.scale is not None:
-            made = made.freeze(store.header.scale)
+        if store.header.scale is not None:  # as the store says of itself: it may be packed, or its models have moved
+            header = replace(store.header, plan=made.header.plan, scale=None)
+            made = Store(made.path, header).freeze(store.header.scale)
         right = {file.relative_to(made.path): file.read_bytes() for file in made.path.rglob("*") if file.is_file()}
         wrong = [name for name, data in right.items() if not _holds(store.path / name, data)]
         for name in wrong:

@@ -13,7 +13,8 @@ from harvest import bench, check, work
 from harvest.bench import Bench
 from harvest.check import Read
 from harvest.job import prepare
-from shared import verify
+from harvest.pack import pack
+from shared import codec, verify
 from shared.errors import StoreDamagedError, StoreMismatchError
 from shared.layout import crc32c
 from shared.log import Log
@@ -276,6 +277,15 @@ def test_a_damaged_plan_is_made_again_from_what_it_was_made_from(
     assert check.to_mend(copy, verify.full(copy)) == []
     done = work.repair(copy, [], work.OneProcess(bench_of(copy), LOG), LOG)
     assert tree(done.path) == before and not (copy.path.parent / f"{copy.path.name}.plan").exists()
+
+
+def test_a_packed_store_stays_packed_when_its_plan_is_mended(home: Path, pair: Store, tmp_path: Path) -> None:
+    pack(pair, tmp_path / "cold.zarr", codec.find("zstd", None), LOG)
+    cold = Store.open(tmp_path / "cold.zarr")
+    before = tree(cold.path)
+    (cold.path / "rows/document/c/0").unlink()
+    mended = work.mend_plan(cold, prepare(config(home, cold.path), LOG), LOG)
+    assert mended == ["rows/document/c/0"] and tree(cold.path) == before
 
 
 def test_the_plan_of_another_harvest_mends_nothing(home: Path, copy: Store) -> None:
