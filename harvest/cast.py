@@ -14,10 +14,8 @@ from shared.flags import CLIPPED, MASKED, SINK
 
 LARGEST_NORM = float(torch.finfo(torch.float32).max)  # no norm is above it; JSON has no infinity
 HEADROOM = 4.0  # times the largest component that the calibration saw
-TOLERANCES = (
-    2.0,
-    8.0,
-)  # times the stored type's epsilon at least, and times the difference between two shapes of a batch
+# Times the stored type's epsilon at least, and times the difference between two shapes of a batch.
+TOLERANCES = 2.0, 8.0
 SINK_MULTIPLE = 10.0  # a row is a sink where its norm is above this multiple of the median (pitfalls of Qwen, Gemma)
 
 

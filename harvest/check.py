@@ -192,9 +192,9 @@ class Prefixes:
         self.ids_T, self.segment_G = store.column(f"tokens/{model}/id"), store.column(f"tokens/{model}/segment")
         self.token_N, self.row_G = store.column(f"rows/{model}/token"), store.column("segments/row")
         self.flags_N = store.column(f"rows/{model}/flags")
-        replaced = store.header.spec["models"][model]["replace"].values()
-        self.written = [tokenizer(token, add_special_tokens=False)["input_ids"][0] for token in replaced]
-        self.before = len(Speller(tokenizer, store.header.spec["rows"]["bos"], model).prefix)
+        spec = store.header.spec
+        speller = Speller(tokenizer, spec["rows"]["bos"], model, spec["models"][model]["replace"])
+        self.written, self.before = speller.written, len(speller.prefix)
         decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
         self.mark = str(getattr(decoder, "prefix", ""))  # WordPiece leaves its ## where a segment begins inside a word
 

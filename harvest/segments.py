@@ -80,6 +80,11 @@ class Speller:
             read_T[ids_T == index] = other
         return read_T
 
+    @property
+    def written(self) -> list[int]:
+        """The ids that stand in the place of others."""
+        return [other for _, other in self._replaced]
+
     def _known(self, token: str) -> int:
         ids: list[int] = self.tokenizer(token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
