@@ -6,7 +6,6 @@ Letters: N rows, D width.
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,14 +23,14 @@ class Cast:
     """Rows as they are stored; `x_ND` are the same rows before division and rounding, masked ones zeroed.
 
     `subnormal` counts components that are not zero and below the smallest normal number of the stored type: there the
-    precision falls, down to 0.
+    precision falls, down to 0. All are on the rows' device, and nothing has waited for them.
     """
 
     values_ND: Tensor
     norms_N: Tensor
-    faults_N: np.ndarray
+    faults_N: Tensor
     x_ND: Tensor
-    subnormal: int
+    subnormal: Tensor
 
 
 def factor_for(largest: float, dtype: torch.dtype) -> float:
@@ -51,9 +50,9 @@ def cast(x_ND: Tensor, factor: float, sink_norm: float, dtype: torch.dtype = tor
     clipped_N = (size_ND > limits.max).any(1)
     faults_N = CLIPPED * clipped_N.to(torch.uint8) + MASKED * (~finite_N).to(torch.uint8)
     faults_N += SINK * (norms_N > sink_norm).to(torch.uint8)
-    subnormal = int(((size_ND < limits.tiny) & (size_ND > 0)).sum())
+    subnormal = ((size_ND < limits.tiny) & (size_ND > 0)).sum()
     values_ND = scaled_ND.clamp_(-limits.max, limits.max).to(dtype)
-    return Cast(values_ND, norms_N, faults_N.cpu().numpy(), x_ND, subnormal)
+    return Cast(values_ND, norms_N, faults_N, x_ND, subnormal)
 
 
 def calibrated(norms: list[Tensor], largest: float, rounding: float, dtype: torch.dtype) -> dict[str, float]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.device import sent
 from shared.hooks import Run
 from shared.store import Store
 
@@ -92,6 +93,6 @@ class Batches:
 
 def rows(run: Run, batch: Batch, names: Mapping[str, str], device: str) -> dict[str, Tensor]:
     """{source: x_ND} of one batch on the device, in the model's own dtype. `names` is {site: source}."""
-    caught = run(input_ids=batch.ids_BT.to(device), attention_mask=batch.mask_BT.to(device))
-    place_N = batch.place_N.to(device)
+    caught = run(input_ids=sent(batch.ids_BT, device), attention_mask=sent(batch.mask_BT, device))
+    place_N = sent(batch.place_N, device)
     return {names[site]: value_BTD.flatten(0, 1)[place_N] for site, value_BTD in caught.items()}

@@ -1,9 +1,10 @@
-"""The device and the threads that a user names."""
+"""The device and the threads that a user names, and copies that do not keep the device waiting."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from shared.errors import ConfigError
 
@@ -27,3 +28,37 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def sent(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x` on the device. To a GPU it goes through pinned memory, and nothing waits for it."""
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+
+
+class Outward:
+    """Copies to the CPU beside what a GPU computes next, on a stream of their own; on the CPU there is nothing to copy.
+
+    The pinned memory of a copy goes back to torch's pool with its last tensor: as much of it is held as is on its way.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    def begin(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Start the copies; what is returned waits for them, and gives them."""
+        if self._stream is None:
+            return lambda: list(tensors)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+            for x, copy in zip(tensors, copies, strict=True):
+                copy.copy_(x, non_blocking=True)
+                x.record_stream(self._stream)  # its memory is not used again before it was read
+            arrived = self._stream.record_event()
+
+        def wait() -> list[Tensor]:
+            arrived.synchronize()
+            return copies
+
+        return wait

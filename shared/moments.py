@@ -1,6 +1,6 @@
 """Exact, mergeable statistics of rows in fp64: count, mean, M2, maximum and a histogram of norms.
 
-Letters: N rows, D width, H bins of the norm histogram.
+Letters: N rows, D width, H bins of the norm histogram, X classes, K packed fields.
 """
 
 from dataclasses import dataclass
@@ -45,13 +45,9 @@ class Moments:
     @classmethod
     def of(cls, x_ND: torch.Tensor) -> "Moments":
         """The moments of the rows of `x_ND` (any float type)."""
-        if not len(x_ND):
-            return cls.empty(x_ND.shape[1])
-        x_ND = x_ND.double()
-        mean_D = x_ND.mean(0)
-        norms = torch.linalg.vector_norm(x_ND, dim=1).numpy()
-        m2_D = (x_ND - mean_D).square_().sum(0)
-        return cls(float(len(x_ND)), float(x_ND.abs().max()), mean_D.numpy(), m2_D.numpy(), _histogram(norms))
+        return cls.unpack(
+            packed(x_ND, torch.zeros(len(x_ND), dtype=torch.long, device=x_ND.device), 1)[0].cpu().numpy()
+        )
 
     def merge(self, other: "Moments") -> "Moments":
         count = self.count + other.count
@@ -100,13 +96,24 @@ class Moments:
         return cls(float(packed[0]), float(packed[1]), mean_D, m2_D, norms_H)
 
 
+def packed(x_ND: torch.Tensor, class_N: torch.Tensor, classes: int) -> torch.Tensor:
+    """float64 [classes, K]: the packed moments of the rows of each class, on their device, which nothing waits for.
+
+    Every value must be finite. `class_N` (int64) counts from 0.
+    """
+    x_ND = x_ND.double()
+    one_XN = (class_N == torch.arange(classes, device=x_ND.device)[:, None]).double()
+    count_X = one_XN.sum(1)
+    mean_XD = one_XN @ x_ND / count_X.clamp_min(1)[:, None]
+    m2_XD = one_XN @ (x_ND - mean_XD[class_N]).square_()
+    largest_X = torch.zeros_like(count_X).scatter_reduce_(0, class_N, x_ND.abs().amax(1), "amax")
+    octave_N = torch.linalg.vector_norm(x_ND, dim=1).log2() - LOWEST_OCTAVE
+    bin_N = (octave_N * BINS_PER_OCTAVE).floor().clamp(0, BINS - 1).long()
+    norms_XH = x_ND.new_zeros(classes * BINS).scatter_add_(0, class_N * BINS + bin_N, torch.ones_like(octave_N))
+    return torch.cat([count_X[:, None], largest_X[:, None], mean_XD, m2_XD, norms_XH.view(classes, BINS)], 1)
+
+
 def packed_fields(width: int) -> dict[str, list[int]]:
     """Where each field stands in a packed vector: {name: [start, stop]}."""
     edges = np.cumsum([0, 1, 1, width, width, BINS]).tolist()
     return {name: edges[i : i + 2] for i, name in enumerate(("count", "largest", "mean", "m2", "norm_histogram"))}
-
-
-def _histogram(norms: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        bins = np.floor((np.log2(norms) - LOWEST_OCTAVE) * BINS_PER_OCTAVE)
-    return np.bincount(np.clip(bins, 0, BINS - 1).astype(np.int64), minlength=BINS).astype(np.float64)

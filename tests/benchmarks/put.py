@@ -30,7 +30,7 @@ def main() -> None:
         plain = Path(folder) / "plain"
 
         def put() -> None:
-            store.put(0, "m", {"a": part}, {})
+            store.put(0, "m", {"a": part}, {"versions": {}})
 
         def write() -> None:
             with plain.open("wb") as file:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harvest import unit, worker
+from harvest import check, unit, worker
+from harvest.bench import Bench, find
 from harvest.forward import Batch
 from shared import models
 from shared.errors import ActivationError
@@ -20,6 +21,7 @@ from shared.flags import CLIPPED, MASKED, SINK
 from shared.log import Log
 from shared.moments import CLASSES
 from shared.store import Store
+from tests.device import every_device
 from tests.harvest.pair import classes, config, harvest, stored, tree
 
 
@@ -133,6 +135,21 @@ def test_what_passes_the_headroom_is_clipped_flagged_and_counted(
     assert store.moments("early", CLASSES).largest == pytest.approx(7e5)
     messages = [json.loads(line).get("message", "") for line in said.read_text().splitlines()]
     assert any(f"shard {123 // store.shard_rows}: clipped or masked rows:" in message for message in messages)
+
+
+@every_device
+def test_units_are_sound_on_the_device_that_made_them(home: Path, tmp_path: Path, device: torch.device) -> None:
+    """Rows come back from a GPU while it computes the next batch: none may be of another batch, or half a one."""
+    store = harvest(config(home, tmp_path / "x.zarr", device=str(device)))
+    bench = Bench(find(store.header, {}, print), str(device), 1)
+    assert check.contents(store, bench, store.rows, 0, Log(quiet=True)) == []
+
+
+def test_what_is_begun_ahead_comes_in_order() -> None:
+    begun: list[int] = []
+    came = [(item, len(begun)) for item in unit._behind((begun.append(n) or n for n in range(5)), 2)]
+    assert came == [(0, 3), (1, 4), (2, 5), (3, 5), (4, 5)]
+    assert list(unit._behind([], 2)) == []
 
 
 def test_units_read_the_tables_of_tokens_and_rows_piece_by_piece(

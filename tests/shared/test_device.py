@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from shared.device import device_of, torch_threads
+from shared.device import Outward, device_of, sent, torch_threads
 from shared.errors import ConfigError
+from tests.device import every_device
 
 
 def test_auto_is_cuda_where_there_is_one_and_else_the_cpu() -> None:
@@ -25,3 +26,16 @@ def test_torch_has_its_threads_back_behind_the_block() -> None:
     assert torch.get_num_threads() == before
     with torch_threads(None):
         assert torch.get_num_threads() == before
+
+
+@every_device
+def test_what_goes_to_a_device_and_comes_back_is_the_same(device: torch.device) -> None:
+    outward, waiting = Outward(device), []
+    for number in range(8):  # whose memory on the device each takes over from the last
+        waiting.append(
+            outward.begin([sent(torch.full((64, 1 << 14), float(number)), device), torch.empty(0, device=device)])
+        )
+    for number, wait in enumerate(waiting):
+        value, empty = wait()
+        assert value.device.type == empty.device.type == "cpu" and empty.numel() == 0
+        assert (value == number).all()

@@ -22,8 +22,10 @@ from shared.moments import (
     SPLITS,
     Moments,
     class_of,
+    packed,
     packed_fields,
 )
+from tests.device import every_device
 
 BIN = 2 ** (1 / BINS_PER_OCTAVE)  # the ratio of a bin's edges
 TINY = 1e-12
@@ -99,6 +101,21 @@ def test_moments_are_those_of_numpy(x_ND: np.ndarray) -> None:
     found = of(x_ND)
     assert_moments_of(found, x_ND)
     assert found.largest == (np.abs(x_ND).max() if len(x_ND) else 0.0)
+
+
+@every_device
+@given(tables(), st.data())
+def test_packed_moments_of_classes_are_those_of_their_rows(
+    device: torch.device, x_ND: np.ndarray, data: st.DataObject
+) -> None:
+    class_N = data.draw(hnp.arrays(np.int64, len(x_ND), elements=st.integers(0, 2)))
+    found_XK = packed(torch.from_numpy(x_ND).to(device), torch.from_numpy(class_N).to(device), 3)
+    assert found_XK.device.type == device.type
+    for index, found_K in enumerate(found_XK.cpu().numpy()):
+        found, rows_ND = Moments.unpack(found_K), x_ND[class_N == index]
+        assert_moments_of(found, rows_ND)
+        assert found.largest == (np.abs(rows_ND).max() if len(rows_ND) else 0.0)
+        assert np.array_equal(found.norms_H, of(rows_ND).norms_H)
 
 
 @given(tables_and_parts())

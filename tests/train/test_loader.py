@@ -19,15 +19,12 @@ from shared.layout import index_bytes
 from shared.shard import PackedShards
 from shared.store import Store
 from tests.build import make_store
+from tests.device import CPU, every_device
 from train.loader import Loader, Rows
 from train.order import Order
 from train.reader import Reader, kept_rows
 
 ROWS, BATCH = 101, 16
-DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-CPU = DEVICES[0]
-
-every_device = pytest.mark.parametrize("device", DEVICES, ids=str)
 
 
 @pytest.fixture(scope="module")
