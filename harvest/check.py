@@ -189,9 +189,9 @@ class Prefixes:
 
     def __init__(self, store: Store, model: str, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.ids_T, self.segment_G = store.column(f"tokens/{model}/id"), store.column(f"tokens/{model}/segment")
-        self.token_N, self.row_G = store.column(f"rows/{model}/token"), store.column("segments/row")
-        self.flags_N = store.column(f"rows/{model}/flags")
+        self.ids_T, self.segment_G = store.lazily(f"tokens/{model}/id"), store.column(f"tokens/{model}/segment")
+        self.token_N, self.row_G = store.lazily(f"rows/{model}/token"), store.column("segments/row")
+        self.flags_N = store.lazily(f"rows/{model}/flags")
         spec = store.header.spec
         speller = Speller(tokenizer, spec["rows"]["bos"], model, spec["models"][model]["replace"])
         self.written, self.before = speller.written, len(speller.prefix)

@@ -58,7 +58,8 @@ def _readable(key: str, value: Any) -> str:
         counts = {name: {what: count for what, count in one.items() if count} for name, one in value.items()}
         return "; ".join(f"{name} {_readable(key, one)}" for name, one in counts.items() if one) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_readable(key, one)}" for name, one in value.items())
+        value = {name: one for name, one in value.items() if one or key != "skipped"}
+        return "none" if not value else ", ".join(f"{name} {_readable(key, one)}" for name, one in value.items())
     if key.endswith("bytes"):
         return f"{value / 1e6:,.1f} MB"
     if key.startswith("aligned"):

@@ -87,7 +87,7 @@ class Batches:
         if self._held != shard:
             members = self._members(self.shard[shard], self.shard[shard + 1])
             first, stop = int(self.segment[members.min()]), int(self.segment[members.max() + 1])
-            self._ids, self._held = (first, self.store.piece(f"tokens/{self.model}/id", first, stop)), shard
+            self._ids, self._held = (first, self.store.lazily(f"tokens/{self.model}/id")[first:stop]), shard
         return self._ids
 
 

@@ -4,53 +4,51 @@ Letters: T tokens of a model, G segments.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from shared.flags import CLIPPED, FIRST, MASKED, SINK, SPECIAL
+from shared.flags import CLIPPED, MASKED, SINK, flag_names
 from shared.models import Tokenizer
 from shared.store import Store
 
-FLAGS = {FIRST: "first", SPECIAL: "special"}
+SEEN = 2**16  # tokens of the beginning
 FAULTS = {CLIPPED: "clipped", MASKED: "masked", SINK: "sink"}
 
 
 def table(store: Store, rows: Sequence[int], tokenizers: Mapping[str, Tokenizer]) -> list[dict[str, Any]]:
     """One record per row: row, document, {model: token, id, position, flags} and {source: norm, faults}."""
-    names, document = store.document_ids(), store.column("rows/document")
+    names, document = store.document_ids(), store.lazily("rows/document")
     records: list[dict[str, Any]] = [
         {"row": row, "document": names[document[row]], "models": {}, "sources": {}} for row in rows
     ]
     for model, tokenizer in tokenizers.items():
-        columns = [store.column(f"rows/{model}/{name}") for name in ("token", "position", "flags")]
-        texts = Texts.of(store, model, tokenizer)
+        columns = [store.lazily(f"rows/{model}/{name}") for name in ("token", "position", "flags")]
+        texts = Texts(store, model, tokenizer)
         for record, row in zip(records, rows, strict=True):
             token, position, flags = (column[row] for column in columns)
             record["models"][model] = {
                 "token": texts.text(int(token)), "id": int(texts.ids_T[token]), "position": int(position),
-                "flags": _named(int(flags), FLAGS),
+                "flags": flag_names(int(flags)),
             }  # fmt: skip
     for source in store.header.sources:
-        norms, faults = store.column(f"norms/{source}"), store.column(f"faults/{source}")
+        norms, faults = store.lazily(f"norms/{source}"), store.lazily(f"faults/{source}")
         for record, row in zip(records, rows, strict=True):
-            record["sources"][source] = {"norm": float(norms[row]), "faults": _named(int(faults[row]), FAULTS)}
+            record["sources"][source] = {
+                "norm": float(norms[row]),
+                "faults": [name for bit, name in FAULTS.items() if faults[row] & bit],
+            }
     return records
 
 
-@dataclass(frozen=True)
 class Texts:
     """Every token of a model in a store, as text."""
 
-    tokenizer: Tokenizer
-    ids_T: np.ndarray
-    ends_T: np.ndarray
-    segment_G: np.ndarray
-
-    @classmethod
-    def of(cls, store: Store, model: str, tokenizer: Tokenizer) -> "Texts":
-        return cls(tokenizer, *(store.column(f"tokens/{model}/{name}") for name in ("id", "end", "segment")))
+    def __init__(self, store: Store, model: str, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids_T, self.ends_T = store.lazily(f"tokens/{model}/id"), store.lazily(f"tokens/{model}/end")
+        self.segment_G = store.column(f"tokens/{model}/segment")
+        self._tells = bool((self.ends_T[:SEEN] >= 0).any())  # whether the tokenizer tells where characters end
 
     def text(self, token: int) -> str:
         """What a token adds to its segment: of the tokens of one character, the last adds it, the others U+FFFD.
@@ -70,7 +68,7 @@ class Texts:
         """Whether a token ends with a character, or is special; where the tokenizer does not tell, all may."""
         ends_T = self.ends_T[start:stop]
         special_T = np.isin(self.ids_T[start:stop], self.tokenizer.all_special_ids)
-        return (ends_T >= 0) | special_T if (self.ends_T >= 0).any() else np.full(len(ends_T), True)
+        return (ends_T >= 0) | special_T if self._tells else np.full(len(ends_T), True)
 
     def _decode(self, start: int, stop: int) -> str:
         return str(self.tokenizer.decode(self.ids_T[start:stop].tolist(), clean_up_tokenization_spaces=False))
@@ -91,7 +89,3 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
     for name, source in record["sources"].items():
         cells[f"|{name}|"] = " ".join([f"{source['norm']:.1f}", *source["faults"]])
     return cells
-
-
-def _named(bits: int, names: Mapping[int, str]) -> list[str]:
-    return [name for bit, name in names.items() if bits & bit]

@@ -97,8 +97,9 @@ class UnitMaker:
             one.moments = [a.merge(Moments.unpack(b)) for a, b in zip(one.moments, moments_XK.numpy(), strict=True)]
 
     def _nonfinite(self, source: str, row: int) -> ActivationError:
-        document = self.store.document_ids()[self.store.column("rows/document")[row]]
-        token = self.store.column(f"tokens/{self.name}/id")[self.store.column(f"rows/{self.name}/token")[row]]
+        document = self.store.document_ids()[self.store.lazily("rows/document")[row]]
+        place = int(self.store.lazily(f"rows/{self.name}/token")[row])
+        token = self.store.lazily(f"tokens/{self.name}/id")[place]
         text = models.load_tokenizer(self.checkpoint).decode([int(token)])
         return ActivationError(
             f"{source} ({self.store.header.sources[source].site}) is not finite",

@@ -44,7 +44,11 @@ def _explain(kind: type[Config], error: ValidationError, prefix: str) -> ConfigE
         inner = [name for name in required(kind) if name == key.removeprefix(prefix) or name.startswith(f"{key}.")]
         key = prefix + inner[0] if inner else key
         return ConfigError("missing key", key, f"Add it to the file, or give --set {key}=VALUE")
-    return ConfigError(f"wrong value for {key}", repr(first.get("input")), first["msg"].removeprefix("Value error, "))
+    reason = first["msg"].removeprefix("Value error, ")
+    leaf = any(_filled(key, prefix + name) == key for name in keys_of(kind))
+    if isinstance(first["input"], Mapping) and not leaf:  # of a table: its keys contradict one another
+        return ConfigError("these settings cannot be used", key or "the config as a whole", reason)
+    return ConfigError(f"wrong value for {key}", repr(first.get("input")), reason)
 
 
 def unknown(what: str, value: str, known: Iterable[str], error: type[ConfigError] = ConfigError) -> ConfigError:

@@ -15,6 +15,16 @@ def role_flag(role: str) -> int:
     return (1 + ROLES.index(role if role in ROLES else "other")) << 3
 
 
+def flag_names(flags: int) -> list[str]:
+    """What the bits of rows/<model>/flags say, as words: first, special, and a chat's role or template."""
+    role = (flags >> 3) & 7
+    return [
+        *(name for bit, name in ((FIRST, "first"), (SPECIAL, "special")) if flags & bit),
+        *([ROLES[role - 1]] if role else []),
+        *(["template"] if flags & TEMPLATE else []),
+    ]
+
+
 def count_faults(faults_N: np.ndarray) -> dict[str, int]:
     bits = {"clipped": CLIPPED, "masked": MASKED, "sink": SINK}
     return {name: int(np.count_nonzero(faults_N & bit)) for name, bit in bits.items()}

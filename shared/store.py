@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import zarr
@@ -259,11 +259,9 @@ class Store(View):
         maps = [self.map(name, index) for index in range(-(-shape[0] // chunk[0]))]
         return maps[0] if len(maps) == 1 else np.concatenate(maps)
 
-    def piece(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Items [start:stop] of a table, from those of its files that hold them."""
-        chunk = files.read_json(self.path / name / "zarr.json")["chunk_grid"]["configuration"]["chunk_shape"][0]
-        numbers = range(start // chunk, -(-stop // chunk))
-        return np.concatenate([self.map(name, n)[max(start - n * chunk, 0) : stop - n * chunk] for n in numbers])
+    def lazily(self, name: str) -> "Column":
+        """An array to read here and there: of `column`, what is asked for."""
+        return Column(self, name)
 
     # --- files --------------------------------------------------------------------------------------------------
 
@@ -289,6 +287,44 @@ class Store(View):
         data = raw(values)
         files.write_atomic(self.path / name, [data])
         return {name: {"size": len(data), "crc32c": crc32c([data])}}
+
+
+class Column:
+    """Items of an array by number or by [start:stop], from the files that hold them; the last one stays mapped."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        meta = files.read_json(store.path / name / "zarr.json")
+        self._store, self._name, self._dtype = store, name, meta["data_type"]
+        self._length, self._items = meta["shape"][0], meta["chunk_grid"]["configuration"]["chunk_shape"][0]
+        self._held: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return int(self._length)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> np.ndarray: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            assert step == 1
+            n = self._items
+            parts = [
+                self._file(k)[max(start - k * n, 0) : stop - k * n]
+                for k in range(start // n, -(-max(stop, start) // n))
+            ]
+            return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._file(index // self._items)[index % self._items]
+
+    def _file(self, number: int) -> np.ndarray:
+        if self._held is None or self._held[0] != number:
+            self._held = number, self._store.map(self._name, number)
+        return self._held[1]
 
 
 def _size(path: Path) -> int:

@@ -23,12 +23,14 @@ def test_results_are_shown_with_their_units(capsys: pytest.CaptureFixture[str]) 
     result = {
         "rows": 1234567, "total_bytes": 2_500_000, "aligned_tokens": {"a": 0.934}, "seconds": 3725.4,
         "tokens_per_second": {"a": 1234.6}, "disk_bytes_per_second": 1.5e8, "faults": {"a": {"clipped": 0, "sink": 12}},
+        "skipped": {"empty": 0, "repeated": 3},
     }  # fmt: skip
     show(result, False)
     shown = dict(line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert shown == {
         "rows": "1,234,567", "total bytes": "2.5 MB", "aligned tokens": "a 93.4 %", "seconds": "1:02:05",
         "tokens per second": "a 1,235", "disk bytes per second": "150 MB", "faults": "a sink 12",
+        "skipped": "repeated 3",
     }  # fmt: skip
     show(result, True)
     assert json.loads(capsys.readouterr().out) == result

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from shared.config import (
     Config,
@@ -48,6 +48,17 @@ class Rows(Config):
 
 class Store(Config):
     path: Path = Path("a.zarr")
+
+
+class Span(Config):
+    first: int = 0
+    last: int = 9
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Span":
+        if self.first > self.last:
+            raise ValueError("Let first be at most last")
+        return self
 
 
 class Demo(Config):
@@ -127,6 +138,18 @@ def test_a_wrong_value_is_shown_with_its_reason() -> None:
     message = refusal({**MINIMAL, "rows": {"count": "many"}})
     assert message.startswith("wrong value for rows.count: 'many'. Input should be a valid integer")
     assert refusal({**MINIMAL, "rows": {"count": 0}}) == "wrong value for rows.count: 0. Give at least 1"
+
+
+def test_keys_that_contradict_one_another_are_told_by_their_table_not_by_all_its_values() -> None:
+    class Outer(Config):
+        span: Span = Span()
+
+    with pytest.raises(ConfigError) as inner:
+        parse(Outer, {"span": {"first": 10}})
+    assert str(inner.value) == "these settings cannot be used: span. Let first be at most last"
+    with pytest.raises(ConfigError) as whole:
+        parse(Span, {"first": 10})
+    assert str(whole.value) == "these settings cannot be used: the config as a whole. Let first be at most last"
 
 
 def test_a_config_cannot_be_changed() -> None:

@@ -304,8 +304,16 @@ def test_any_piece_of_a_table_is_read_from_the_files_that_hold_it(
     for start in range(9):
         for stop in range(start + 1, 10):
             opened.clear()
-            assert store.piece("tokens/m/id", start, stop).tolist() == values[start:stop].tolist()
+            assert store.lazily("tokens/m/id")[start:stop].tolist() == values[start:stop].tolist()
             assert opened == list(range(start // 4, (stop - 1) // 4 + 1))
+    column = store.lazily("tokens/m/id")
+    opened.clear()
+    assert [column[index] for index in range(9)] == values.tolist() and opened == [0, 1, 2]
+    assert [column[place:place].tolist() for place in range(11)] == [[]] * 11
+    assert column[:].tolist() == values.tolist() == column[:99].tolist()
+    for beyond in (9, -1):
+        with pytest.raises(IndexError):
+            column[beyond]
 
 
 def test_tables_without_items_have_no_file_and_read_as_empty(tmp_path: Path) -> None:

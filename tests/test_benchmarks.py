@@ -1,0 +1,40 @@
+"""The benchmarks run and report. What they measure is no test's business: a machine that is shared has no timings."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import harvest, memory, put
+
+
+def said(
+    main: Callable[[], None], given: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> str:
+    monkeypatch.setattr("sys.argv", ["benchmark", *given])
+    main()
+    return capfd.readouterr().out
+
+
+def test_put_is_compared_with_a_plain_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = said(put.main, ["20", "7", str(tmp_path)], monkeypatch, capfd)
+    assert "7 interleaved pairs" in told and re.search(r"\nratio +\d+\.\d{3} ", told)
+    assert re.search(r"limit 0\.8: (holds|MISSED)\n$", told)
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_told_by_phase_and_rows(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    told = said(memory.main, ["300"], monkeypatch, capfd)
+    assert re.search(r"peak, MB +300 rows +1,200 rows +4,800 rows", told)
+    assert len(re.findall(r"\n(?:read the corpus|plan|make units), (?:anonymous|of files)(?: +[\d.-]+){4}", told)) == 6
+
+
+@pytest.mark.slow
+def test_a_harvest_is_compared_with_its_forward_passes(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = said(harvest.main, ["7", "cpu"], monkeypatch, capfd)
+    assert "7 interleaved pairs" in told and re.search(r"limit 0\.95: (holds|MISSED)\n$", told)
