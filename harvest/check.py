@@ -18,7 +18,7 @@ from harvest.cast import cast, difference
 from harvest.forward import Batch
 from harvest.segments import Speller
 from harvest.worker import Worker
-from shared import layout, models, verify
+from shared import layout, models, remote, verify
 from shared.device import torch_threads
 from shared.errors import StoreDamagedError
 from shared.flags import TEMPLATE
@@ -29,13 +29,16 @@ from shared.store import Store
 from shared.verify import Fault
 
 
-def files_of(store: Store, full: bool, log: Log, sizes: Mapping[str, int] | None = None) -> list[Fault]:
-    """What is wrong with the store's files; every checksum where `full`. `sizes`: of files that are elsewhere."""
+def files_of(
+    store: Store, full: bool, log: Log, sizes: Mapping[str, int] | None = None, url: str | None = None
+) -> list[Fault]:
+    """What is wrong with the store's files; every checksum where `full`. `sizes`: of files that are at a URL."""
     if not full:
         return verify.quick(store, sizes)
     total = sum(entry.size for entry in verify.read_receipts(store)[0])
+    holds = remote.source(url).holds if url else None
     with bar("checksums", "bytes", total, quiet=log.quiet) as progress:
-        return verify.full(store, tick=progress.update)
+        return verify.full(store, tick=progress.update, sizes=sizes, holds=holds)
 
 
 def contents(store: Store, bench: Bench, count: int, seed: int, log: Log) -> list[Fault]:

@@ -79,6 +79,8 @@ class CorpusConfig(Config):
     def _streams(self) -> "CorpusConfig":
         if self.stream and (self.path == BUILT_IN or Path(self.path).suffix in SUFFIXES):
             raise ValueError("A file is read as it is: leave out stream")
+        if (self.name or self.revision) and (self.path == BUILT_IN or Path(self.path).suffix in SUFFIXES):
+            raise ValueError("A file has no configurations and no revisions: leave out name and revision")
         return self
 
 
@@ -94,6 +96,12 @@ class RowsConfig(Config):
     skip: int = Field(0, ge=0)  # so many positions at the start of every segment give no row
     held_out: float = Field(0.1, ge=0.0, lt=1.0)  # share of documents that training never sees
     seed: int = Field(0, ge=0, lt=2**63)  # of the order of documents
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> "RowsConfig":
+        if self.skip >= self.context:
+            raise ValueError(f"Let skip ({self.skip}) be less than context ({self.context}): else no position is left")
+        return self
 
 
 class ChatConfig(Config):
@@ -179,6 +187,8 @@ class HarvestConfig(Config):
             raise ValueError(f"Each source needs a name of its own, got {', '.join(sources)}")
         if self.corpora and self.corpus != CorpusConfig():
             raise ValueError("Give corpus or corpora, not both")
+        if self.chat != ChatConfig() and not any(corpus.messages for corpus in self.texts.values()):
+            raise ValueError("[chat] is for chats: say which field holds them (corpus.messages)")
         return self
 
     @property

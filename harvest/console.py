@@ -40,7 +40,7 @@ def resumable(store: Path) -> Iterator[None]:
     except Stopped:
         if (store / GROUP).exists():
             left = Store.at(store)
-            print(f"{len(left.units) - len(left.missing())} of {len(left.units)} units are stored", file=sys.stderr)
+            print(f"{len(left.units) - len(left.missing())} of {len(left.units)} units are made", file=sys.stderr)
         print(f"to go on: {shlex.join(['harvest', *sys.argv[1:]])}", file=sys.stderr)
         raise
 

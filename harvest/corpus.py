@@ -205,6 +205,7 @@ def _fields(record: Any, config: CorpusConfig, where: str) -> Fields:
     for name in dict.fromkeys([field, *([config.id] if config.id else [])]):
         if not isinstance(record, dict) or record.get(name) is None:
             known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            known = f"{known} (it is null)" if isinstance(record, dict) and name in record else known
             way_out = f"Set corpus.{'messages' if config.messages else 'text'} (and corpus.id) to its fields"
             raise CorpusError(f"no field {name!r} in {where}", known, way_out)
     messages = _messages(record[field], field, where) if config.messages else ()

@@ -6,6 +6,7 @@ Letters: M models, J places, G segments, T tokens of one model, N rows, d docume
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -160,11 +161,10 @@ def _flags(ids_N: np.ndarray, position_N: np.ndarray, speller: Speller) -> np.nd
 def _require_same_around(spellers: Mapping[str, Speller]) -> None:
     """Rows of `identical` hold special tokens too, so all models must read the same ones around a segment."""
     around = {name: (speller.prefix, speller.suffix) for name, speller in spellers.items()}
-    first, *others = around
-    for other in others:
-        if around[other] != around[first]:
+    for one, other in pairwise(around):
+        if around[other] != around[one]:
             raise AlignmentError(
-                "the tokenizers put different special tokens around a text", f"{first} and {other}",
+                "the tokenizers put different special tokens around a text", f"{one} and {other}",
                 'Set rows.bos to "never", or rows.align to "offsets"',
             )  # fmt: skip
 

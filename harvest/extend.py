@@ -1,7 +1,7 @@
 """A sibling of a finished store: more rows of its corpus, or more sources of its rows (STORE.md)."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,31 @@ class Sibling:
         found = config.differences(self.parent.header.spec, made)
         if wrong := [field for field in found if not field.startswith(FREE)]:
             what = f"more rows must be made like those of {self.parent.path} (stored -> asked)"
-            raise StoreMismatchError(what, "; ".join(wrong), "Give its configuration, with another rows.count")
+            way_out = "Give its configuration, with another rows.count"
+            if any(field.startswith("sources.") for field in wrong):
+                way_out += '; for more sources give new names: sites = {NAME = "resid.20"}'
+            raise StoreMismatchError(what, "; ".join(wrong), way_out)
         return made
+
+    def require_rows(self, given: Mapping[str, Any], text: Callable[[], Any]) -> None:
+        """More sources are of the rows that are there, whatever a config says of rows that it would have made.
+
+        `given` are its keys without the defaults, `text` the identity of its corpora. Raises StoreMismatchError.
+        """
+        spec = self.parent.header.spec
+        asked: dict[str, Any] = {
+            table: {key: value for key, value in given.get(table, {}).items() if key in spec[table]}
+            for table in ("rows", "batch", "store")
+        }
+        if asked["rows"].get("align") == "auto":
+            del asked["rows"]["align"]
+        stored = {table: {key: spec[table][key] for key in keys} for table, keys in asked.items()}
+        if given.keys() & {"corpus", "corpora"}:
+            asked["corpus"], stored["corpus"] = {"": text()}, {"": spec["corpus"]}
+        if wrong := config.differences(stored, asked):
+            what = f"more sources are of the rows of {self.parent.path} (stored -> asked)"
+            way_out = "Leave these keys out; for more rows give all sources of the store, under their names"
+            raise StoreMismatchError(what, "; ".join(wrong), way_out)
 
     def share(self, path: Path, header: Header) -> Store:
         """The store at `path`, planned like its parent: the same tokens, rows and batches under its models' names."""
@@ -84,6 +107,7 @@ def of(path: str, found: Mapping[str, Model], sources: Mapping[str, Source], rep
     parent, family = Store.open(path), open_family(path)
     shared = sources.keys() & family.header.sources.keys()
     if not shared:
+        _require_new(family, found, sources)
         return Sibling(parent, family, "sources", _twins(parent, family, found, replaced))
     if shared != family.header.sources.keys() or shared != sources.keys():
         listed = f"{', '.join(sources)} of {', '.join(family.header.sources)}"
@@ -95,6 +119,16 @@ def of(path: str, found: Mapping[str, Model], sources: Mapping[str, Source], rep
         way_out = f"Extend {parent.header.extends.path}, and the result by the other sources"
         raise ConfigError("a store of more sources cannot be extended by rows", path, way_out)
     return Sibling(parent, family, "rows", {})
+
+
+def _require_new(family: View, found: Mapping[str, Model], sources: Mapping[str, Source]) -> None:
+    def what(source: Source, of: Mapping[str, Model]) -> str:
+        return config.canonical([of[source.model].identity(), source.site])
+
+    there = {what(source, family.header.models): name for name, source in family.header.sources.items()}
+    for name, source in sources.items():
+        if twin := there.get(what(source, found)):
+            raise ConfigError("the store has this source already", f"{name} is its {twin}", "Leave it out")
 
 
 def _twins(parent: Store, family: View, found: Mapping[str, Model], replaced: Mapping[str, Any]) -> dict[str, str]:

@@ -54,6 +54,7 @@ def prepare(config: HarvestConfig, log: Log) -> Job:
         log.event("prepare", text)
 
     device_of(config.device)  # refused before anything is written
+    given = config.model_dump(mode="json", exclude_unset=True)
     checkpoints = {name: models.resolve(m.path, m.revision, say) for name, m in config.models.items()}
     skeletons = {name: models.skeleton(checkpoint) for name, checkpoint in checkpoints.items()}
     config = _expanded(config, skeletons)
@@ -73,6 +74,7 @@ def prepare(config: HarvestConfig, log: Log) -> Job:
         )  # fmt: skip
     sibling = _sibling(config, found_models, sources)
     if sibling is not None and sibling.kind == "sources":
+        sibling.require_rows(given, lambda: survey(config.texts, config.rows.seed).identity)
         spec = sibling.spec(_made(config, found_models, sources))
         _check_context(checkpoints, spec["rows"]["context"])
         align = spec["rows"]["align"]

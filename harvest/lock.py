@@ -66,6 +66,7 @@ class Holder:
 
 def folder_of(store: Path) -> Path:
     """Beside the store: it is held before the store exists."""
+    store = Path(os.path.abspath(store))  # noqa: PTH100 (`.` has no name; resolve() would follow a link)
     return store.with_name(f"{store.name}.lock")
 
 

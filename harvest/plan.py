@@ -50,7 +50,8 @@ def build(
     }
     rows = int(seen["rows"].sum())
     if not rows:
-        raise AlignmentError("no row came of the corpus", skipped, "Check rows.align and the tokenizers")
+        why = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in skipped.items() if count)
+        raise AlignmentError("no row came of the corpus", why or "no document", "Check rows.align and the tokenizers")
     sizes = shard_sizes(rows, sources, config)
     tables = _tables(pieces, models, columns, order_d[seen["rows"] > 0], room)
     tables |= _batches(tables, models, sizes["shard_rows"], config.batch.tokens)
@@ -77,9 +78,11 @@ def notes(summary: Mapping[str, Any], config: HarvestConfig) -> list[str]:
     if config.rows.count is not None and summary["rows"] < config.rows.count:
         why = "the corpus gives" if not config.corpora else "at these weights the corpora give"
         said.append(f"{why} {summary['rows']:,} rows, fewer than rows.count = {config.rows.count:,}")
-    if summary["documents_held_out"] in (0, summary["documents"]):
+    of_a_family = config.store.extends is not None  # whose other rows may have what these have not
+    if not of_a_family and summary["documents_held_out"] in (0, summary["documents"]):
         share = f"{summary['documents_held_out']} of {summary['documents']} documents"
-        said.append(f"{share} are held out, and training needs both kinds: give more documents, or another rows.seed")
+        way_out = "give more documents, or another rows.seed" if config.rows.held_out else "raise rows.held_out"
+        said.append(f"{share} are held out, and training needs both kinds: {way_out}")
     return said
 
 

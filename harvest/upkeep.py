@@ -16,7 +16,6 @@ from harvest.console import Json, Settings, config_of, resumable, show
 from harvest.job import prepare
 from shared import codec as codecs
 from shared import models, remote
-from shared import verify as verifying
 from shared.errors import ConfigError
 from shared.log import Log
 from shared.store import Store
@@ -35,6 +34,8 @@ def status(store: StoreArgument, as_json: Json = False) -> None:
     found = _status_at(store) if remote.is_url(store) else overview.status(Path(store))
     if not as_json:
         found["units"] = {name: f"{made} of {all_}" for name, (made, all_) in found.get("units", {}).items()}
+        for key in ("held_by", "damage"):
+            found[key] = "; ".join(found.get(key, []))
         found["made_with"] = "; ".join(
             f"{one['device']}, {one['threads']} threads" for one in found.get("made_with", [])
         )
@@ -71,15 +72,17 @@ def verify(
     """Is a store sound? Receipts and sizes; --full: every checksum; --deep N: what the models compute, and the pairs.
 
     Every fault is a line, with exit code 1. They are written into the store too, so that nobody trains on it before
-    harvest repair has made the faulty shards again.
+    harvest repair has made the faulty shards again. (Not at a URL, where --full reads every object, and --deep needs a
+    copy.)
 
     Example: harvest verify pair.zarr --full --deep 100
     """
     with Log(quiet=as_json) as log:
-        if remote.is_url(store) and not (full or deep):
-            faults = _faults_at(store)
+        if remote.is_url(store) and not deep:
+            with remote.outlined(store) as (path, sizes):
+                faults = check.files_of(Store.at(path), full, log, sizes, store)
         else:
-            opened = Store.at(remote.local(store, f"harvest pull {store} makes a copy, which can be read through"))
+            opened = Store.at(remote.local(store, f"--deep looks at the copy that harvest pull {store} makes"))
             faults = check.files_of(opened, full, log)
             if deep and not faults:
                 faults = check.contents(opened, _bench(opened, model, device, threads, log), deep, seed, log)
@@ -115,9 +118,7 @@ def repair(
                 opened, prepare(config_of(config_file, settings, place, device, threads), log), log
             ):
                 log.event("repair", f"made again: {name}")
-        if full and sizes is not None:
-            remote.local(store, f"harvest pull {store} checks every file, and names the one to delete")
-        units = check.to_mend(opened, check.files_of(opened, full, log, sizes))
+        units = check.to_mend(opened, check.files_of(opened, full, log, sizes, store if sizes is not None else None))
         if units or not opened.sealed or opened.condemned[0]:
             work.repair(opened, units, work.OneProcess(_bench(opened, model, device, threads, log), log), log, to)
     print(f"{store}: {len(units)} units made again")
@@ -210,11 +211,6 @@ def _bench(store: Store, moved: list[str] | None, device: str | None, threads: i
 def _status_at(url: str) -> dict[str, Any]:
     with remote.outlined(url) as (path, _):
         return {**overview.status(path), "store": url}
-
-
-def _faults_at(url: str) -> list[verifying.Fault]:
-    with remote.outlined(url) as (path, sizes):
-        return verifying.quick(Store.at(path), sizes)
 
 
 @contextmanager

@@ -68,8 +68,9 @@ def run(job: Job, crew: Crew, log: Log, part: Part | None = None) -> Store:
     with destination.of(job.config.store) as to:
         if to.is_finished(job.spec):
             lock.sweep(job.path, _told(log))
+            store = to.finished(job.spec, log)  # raises where it is damaged
             log.event("done", f"{to.name} is already finished: nothing to do")
-            return to.finished(job.spec, log)
+            return store
         with lock.hold(job.path, _told(log), part.slot if part else lock.WHOLE):
             with _beginning(job.path, log, part):
                 to.begin(job.spec, _share(part), log)

@@ -16,7 +16,8 @@ def device_of(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for this kind of device
         reason = str(error).partition("\n")[0].partition(". ")[0].partition("Expected one of")[0].strip()
-        raise ConfigError("this device cannot be used", name, f"Use cpu, cuda or auto ({reason})") from None
+        way_out = "Use cpu, cuda or auto" + (f" ({reason})" if reason else "")
+        raise ConfigError("this device cannot be used", name, way_out) from None
 
 
 @contextmanager

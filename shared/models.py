@@ -65,9 +65,11 @@ def resolve(path: str, revision: str | None = None, say: Say = print) -> Checkpo
     A GGUF file is converted once (dequantised, which takes up to a minute) into the user's cache; `say` tells so.
     Raises ModelError where nothing is found.
     """
+    local = Path(path).expanduser()
+    if revision and (path.startswith(PACKAGE) or local.exists()):
+        raise ModelError("only a model of the hub has revisions", f"{path}, {revision}", "Leave the revision out")
     if path.startswith(PACKAGE):
         return Checkpoint(path, _converted(_gguf_in_package(path.removeprefix(PACKAGE)), say))
-    local = Path(path).expanduser()
     if local.is_file() and local.suffix == ".gguf":
         return Checkpoint(path, _converted(local, say))
     if local.is_dir():

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -130,6 +130,15 @@ class Remote:
         except StoreDamagedError:
             files.write_atomic(path, self._pieces(name, size, crc, tick))
 
+    def holds(self, name: str, size: int, crc: int) -> bool:
+        """Whether an object is what it should be: it is read, twice where the first time it was not, and not kept."""
+        for _ in range(2):
+            with suppress(StoreDamagedError):
+                for _ in self._pieces(name, size, crc, int):
+                    pass
+                return True
+        return False
+
     def _pieces(self, name: str, size: int, crc: int, tick: Tick) -> Iterator[bytes]:
         """The bytes of an object; raises at its end where they are not those of `size` and `crc`."""
         found, done = 0, 0
@@ -154,7 +163,7 @@ class Remote:
             return bytes(found.bytes())
 
     def damaged(self, name: str, what: str) -> StoreDamagedError:
-        way_out = f"See harvest verify {self.url}; delete this object, and harvest repair {self.url} makes it again"
+        way_out = f"harvest repair {self.url} --full finds every file of this kind, and makes it again"
         return StoreDamagedError(f"a file at {self.url} {what}", name, way_out)
 
     @contextmanager

@@ -49,13 +49,26 @@ def quick(store: Store, sizes: Mapping[str, int] | None = None) -> list[Fault]:
     return faults + (list(_sealed(store)) if store.sealed else [])
 
 
-def full(store: Store, threads: int = 8, tick: Callable[[int], object] = int) -> list[Fault]:
-    """`quick`, and the checksum of every file of the right size. `tick` is called with the bytes of each."""
-    faults = quick(store)
+def full(
+    store: Store, threads: int = 8, tick: Callable[[int], object] = int, sizes: Mapping[str, int] | None = None,
+    holds: Callable[[str, int, int], bool] | None = None,
+) -> list[Fault]:  # fmt: skip
+    """`quick`, and the checksum of every file of the right size. `tick` is called with the bytes of each.
+
+    Of files that are elsewhere, `sizes` tells as in `quick`, and `holds` whether one has this size and crc32c.
+    """
+    faults = quick(store, sizes)
     bad = {fault.file for fault in faults}
     entries = [entry for entry in read_receipts(store)[0] if entry.name not in bad]
+
+    def check(entry: Entry) -> list[Fault]:
+        if holds is None:
+            return summed(store, entry)
+        right = holds(entry.name, entry.size, entry.crc32c)
+        return [] if right else [Fault(entry.name, "has another checksum", entry.unit)]
+
     with ThreadPoolExecutor(threads, "checksum") as pool:
-        for entry, found in zip(entries, pool.map(lambda one: summed(store, one), entries), strict=True):
+        for entry, found in zip(entries, pool.map(check, entries), strict=True):
             faults += found
             tick(entry.size)
     return faults

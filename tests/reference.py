@@ -60,7 +60,8 @@ HEAD = """\
 COMMANDS = """\
 ## Commands
 
-Exit codes: 0 done, 1 a fault in data or in a run, 2 a wrong call. Results go to stdout, everything else to stderr."""
+Exit codes: 0 done, 1 a fault in data or in a run, 2 a wrong call, 130 and 143 stopped by SIGINT and SIGTERM.
+Results go to stdout, everything else to stderr."""
 
 KEYS = """\
 Every key can stand in the TOML file and be given by `--set KEY=VALUE`. A `*` is a name of your own."""

@@ -134,11 +134,13 @@ def show(
     if as_json:
         print(json.dumps(described))
         return
-    keys = ", ".join(f"{key} {value}" for key, value in described["method"].items() if key != "name")
+    keys = ", ".join(
+        f"{key} {value}" for key, value in described["method"].items() if key != "name" and value is not None
+    )
     print(f"method      {described['method']['name']}: {keys}")
     print(f"norm        {described['norm']}\nparameters  {described['parameters']:,}")
     for name, width in described["sources"].items():
-        print(f"source      {name}: width {width}, scale factor {described['scale'][name]:.6g}")
+        print(f"source      {name}: width {width}, rows are scaled by {described['scale'][name]:.6g}")
     for span in described["spans"]:
         ends = f"{' + '.join(span['readers'])} -> {' + '.join(span['writers'])}"
         print(f"span        {span['name']}: {span['size']:,} latents, {ends}")

@@ -140,6 +140,16 @@ def test_the_order_of_corpora_in_the_file_means_nothing() -> None:
     assert texts("web", "code") == texts("code", "web") == ["code", "web"]
 
 
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    assert "Let skip (24) be less than context (24)" in refused(
+        {"models": {"m": MODEL}, "rows": {"skip": 24, "context": 24}}
+    )
+    chat = {"models": {"m": MODEL}, "chat": {"template": "own.jinja"}}
+    assert "say which field holds them (corpus.messages)" in refused(chat)
+    corpora = {"a": {"path": "a.txt"}, "b": {"path": "b.jsonl", "messages": "m"}}
+    assert HarvestConfig.model_validate({**chat, "corpora": corpora}).chat.template == "own.jinja"
+
+
 def test_a_corpus_and_corpora_exclude_each_other() -> None:
     tables = {"models": {"m": {"path": "p", "sites": ["resid.1"]}}, "corpora": {"a": {}}, "corpus": {"path": "b.txt"}}
     with pytest.raises(ValueError, match="Give corpus or corpora, not both"):

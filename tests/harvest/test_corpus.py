@@ -135,7 +135,10 @@ BAD: dict[str, tuple[str, Write, str]] = {
         "a.jsonl", lambda path: write_jsonl(path, [{"text": "x"}, {"body": "y", "id": 1}]),
         "no field 'text' in {path}, line 2: body, id. Set corpus.text",
     ),
-    "null": ("a.jsonl", lambda path: write_jsonl(path, [{"text": None}]), "no field 'text' in {path}, line 1: text. "),
+    "null": (
+        "a.jsonl", lambda path: write_jsonl(path, [{"text": None}]),
+        "no field 'text' in {path}, line 1: text (it is null). ",
+    ),
     "no record": ("a.jsonl", lambda path: write_jsonl(path, [[1, 2]]), "no field 'text' in {path}, line 1: list. "),
     "malformed line": (
         "a.jsonl", lambda path: path.write_text('{"text": "x"}\n\n{"text": "y"\n'),
@@ -260,6 +263,9 @@ def test_a_stream_that_breaks_off_says_where(tmp_path: Path, monkeypatch: pytest
 def test_a_file_is_no_stream() -> None:
     with pytest.raises(ValueError, match="A file is read as it is: leave out stream"):
         CorpusConfig(path="a.jsonl", stream=True)
+    for table in ({"name": "en"}, {"revision": "main"}):
+        with pytest.raises(ValueError, match="A file has no configurations and no revisions"):
+            CorpusConfig(path="a.jsonl", **table)
 
 
 # --- the built-in text ----------------------------------------------------------------------------------------------

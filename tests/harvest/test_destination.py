@@ -383,11 +383,29 @@ def test_status_verify_repair_and_pull_take_a_url(
     assert bucket.tree() == tree(pair.path)
 
 
+def test_a_flipped_byte_at_a_url_is_found_by_its_checksum_and_mended(
+    command: Callable[..., tuple[int, str, str]], pair: Store, bucket: Bucket, tmp_path: Path
+) -> None:
+    right = tree(pair.path)
+    flipped = bytearray(right[SHARD])
+    flipped[100] ^= 4
+    bucket.fill({**right, SHARD: bytes(flipped)})
+    assert command("verify", bucket.url)[0] == 0
+    assert command("verify", bucket.url, "--full")[:2] == (1, f"{SHARD} has another checksum (shard 1 of llama)\n")
+    code, _, err = command("pull", bucket.url, "--stage", tmp_path)
+    assert code == 1 and f"has another checksum: {SHARD}. harvest repair {bucket.url} --full finds every" in err
+    code, out, err = command("repair", bucket.url, "--full")
+    assert (code, out) == (0, f"{bucket.url}: 1 units made again\n"), err
+    assert bucket.tree() == right
+    sound = f"{bucket.url}: sound (receipts, sizes and checksums)\n"
+    assert command("verify", bucket.url, "--full")[:2] == (0, sound)
+
+
 @pytest.mark.parametrize(
     "words",
     [
-        ("verify", "URL", "--full"), ("verify", "URL", "--deep", "3"), ("repair", "URL", "--full"), ("inspect", "URL"),
-        ("ls", "URL"), ("ls", ".", "--runs", "URL"), ("sites", "URL"), ("pull", "x.zarr"),
+        ("verify", "URL", "--deep", "3"), ("inspect", "URL"), ("ls", "URL"), ("ls", ".", "--runs", "URL"),
+        ("sites", "URL"), ("pull", "x.zarr"),
     ],
     ids=" ".join,
 )  # fmt: skip

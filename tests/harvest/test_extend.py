@@ -9,11 +9,11 @@ import pytest
 from harvest.config import HarvestConfig
 from harvest.job import prepare
 from shared import verify
-from shared.errors import AlignmentError, ConfigError, StoreMismatchError
+from shared.errors import AlignmentError, ConfigError, CorpusError, StoreMismatchError
 from shared.family import open_family
 from shared.log import Log
 from shared.store import Store
-from tests.harvest.pair import classes, config, harvest, stored, tree
+from tests.harvest.pair import classes, config, harvest, one, stored, tree
 from tests.tiny import byte_level, save_model, sentencepiece
 from train.scale import ordinary_rows
 
@@ -24,9 +24,11 @@ def sibling(home: Path, parent: Store, path: Path, **tables: Any) -> HarvestConf
     return config(home, path, store={"extends": str(parent.path)}, **tables)
 
 
-def only(home: Path, parent: Store, path: Path, models: dict[str, Any]) -> HarvestConfig:
-    """More sources: the other tables do not matter."""
-    return sibling(home, parent, path, models=models, rows={"count": 7, "context": 5}, corpus={"path": "nowhere.txt"})
+def only(parent: Store, path: Path, models: dict[str, Any], **tables: Any) -> HarvestConfig:
+    """More sources: models alone are enough, since the rows are there."""
+    store = {"extends": str(parent.path), "path": str(path), **tables.pop("store", {})}
+    asked = {"models": models, "store": store, "device": "cpu", "threads": 1, **tables}
+    return HarvestConfig.model_validate(asked)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def wide(home: Path, small: Store) -> Store:
         "llama": {"path": str(home / "llama"), "sites": {"late": "resid.2"}},
         "gemma": {"path": str(home / "gemma"), "sites": {"mlp": "mlp_out.0"}},
     }
-    return harvest(only(home, small, small.path.with_name("wide.zarr"), new))
+    return harvest(only(small, small.path.with_name("wide.zarr"), new))
 
 
 # --- more rows ------------------------------------------------------------------------------------------------------
@@ -108,28 +110,79 @@ def test_a_tuned_model_can_be_added_and_another_tokenizer_cannot(home: Path, sma
     save_model(tmp_path / "tuned", "llama", byte_level(), seed=8)
     save_model(tmp_path / "other", "llama", sentencepiece(size=590), seed=8)
 
-    def one(name: str, folder: str, source: str) -> HarvestConfig:
+    def tuned_by(name: str, folder: str, source: str) -> HarvestConfig:
         asked = {name: {"path": str(tmp_path / folder), "sites": {source: "resid.0"}}}
-        return only(home, small, small.path.with_name(f"{source}.zarr"), asked)
+        return only(small, small.path.with_name(f"{source}.zarr"), asked)
 
-    tuned = harvest(one("tuned", "tuned", "new"))
+    tuned = harvest(tuned_by("tuned", "tuned", "new"))
     whole = open_family(tuned.path)
     assert set(whole.header.models) == {"tuned", "llama", "gemma"} and whole.rows == small.rows
     assert np.array_equal(whole.column("rows/tuned/token"), small.column("rows/llama/token"))
     ordinary_N = np.array([name == "ordinary/train" for name in classes(tuned, "new")])
     assert np.array_equal(ordinary_rows(whole, "new"), ordinary_N)
     with pytest.raises(ConfigError, match=r"no model of the store reads the same tokens as this one: other. Rows pair"):
-        prepare(one("other", "other", "newer"), QUIET)
+        prepare(tuned_by("other", "other", "newer"), QUIET)
     with pytest.raises(ConfigError, match=r"the store has another model of this name: llama. Give the model another"):
-        prepare(one("llama", "tuned", "newest"), QUIET)
+        prepare(tuned_by("llama", "tuned", "newest"), QUIET)
+
+
+def test_a_store_of_one_model_takes_more_sources(home: Path, tmp_path: Path) -> None:
+    """Its models share every token: nothing has to be drafted, and there is no text to draft it from."""
+    parent = harvest(one(home, tmp_path / "x.zarr", ["resid.0"]))
+    assert parent.header.plan["alignment"] == "identical"
+    asked = {"llama": {"path": str(home / "llama"), "sites": {"late": "resid.2", "heads": "heads.1"}}}
+    wider = harvest(only(parent, tmp_path / "y.zarr", asked))
+    whole = harvest(one(home, tmp_path / "z.zarr", ["resid.0", "resid.2"]))
+    assert np.allclose(stored(wider, "late"), stored(whole, "llama_resid_2"), atol=1e-3)
+    assert set(open_family(wider.path).header.sources) == {"llama", "late", "heads"}
+
+
+def test_more_sources_are_of_the_rows_that_are_there_whatever_is_asked(
+    home: Path, small: Store, tmp_path: Path
+) -> None:
+    new = {"gemma": {"path": str(home / "gemma"), "sites": {"new": "resid.0"}}}
+    same: dict[str, Any] = {
+        "rows": {"count": 150, "context": 24, "align": "auto"}, "batch": {"tokens": 100},
+        "corpus": {"path": str(home / "corpus.jsonl"), "id": "id"}, "store": {"shard_bytes": 10_240},
+    }  # fmt: skip
+    prepare(only(small, tmp_path / "x.zarr", new, **same), QUIET)
+    (tmp_path / "other.txt").write_text("Another text.")
+    for key, value, told in [
+        ("rows", {"count": 77}, r"rows\.count: 150 -> 77"), ("rows", {"seed": 3}, r"rows\.seed: 0 -> 3"),
+        ("batch", {"tokens": 50}, r"batch\.tokens: 100 -> 50"),
+        ("store", {"dtype": "bfloat16"}, r"store\.dtype: 'float16' -> 'bfloat16'"),
+        ("corpus", {"path": str(tmp_path / "other.txt")}, r"corpus\."),
+    ]:  # fmt: skip
+        with pytest.raises(StoreMismatchError, match=rf"are of the rows of .*small\.zarr \(stored -> asked\): {told}"):
+            prepare(only(small, tmp_path / "x.zarr", new, **{key: value}), QUIET)
+    with pytest.raises(CorpusError):
+        prepare(only(small, tmp_path / "x.zarr", new, corpus={"path": str(tmp_path / "nowhere.txt")}), QUIET)
+
+
+def test_a_source_that_is_there_is_not_made_again_under_another_name(
+    home: Path, small: Store, wide: Store, tmp_path: Path
+) -> None:
+    again = {"gemma": {"path": str(home / "gemma"), "sites": {"twice": "resid.1"}}}
+    for parent in (small, wide):
+        with pytest.raises(ConfigError, match=r"the store has this source already: twice is its gemma\. Leave it out"):
+            prepare(only(parent, tmp_path / "x.zarr", again), QUIET)
+
+
+def test_who_wants_more_sources_and_names_them_like_the_others_is_told_how(
+    home: Path, small: Store, tmp_path: Path
+) -> None:
+    asked = {name: {"path": str(home / name), "sites": ["resid.2"]} for name in ("llama", "gemma")}
+    asked["llama"]["sites"] = {"early": "resid.2", "inner": "mlp_out.0"}
+    with pytest.raises(StoreMismatchError, match=r'for more sources give new names: sites = \{NAME = "resid\.20"\}$'):
+        prepare(sibling(home, small, tmp_path / "x.zarr", models=asked), QUIET)
 
 
 def test_all_sources_or_none_of_them(home: Path, small: Store, more: Store, wide: Store, tmp_path: Path) -> None:
-    def one(parent: Store, *names: str) -> HarvestConfig:
+    def of(parent: Store, *names: str) -> HarvestConfig:
         sites = {name: f"resid.{number}" for number, name in enumerate(names)}
-        return only(home, parent, tmp_path / "x.zarr", {"gemma": {"path": str(home / "gemma"), "sites": sites}})
+        return only(parent, tmp_path / "x.zarr", {"gemma": {"path": str(home / "gemma"), "sites": sites}})
 
     with pytest.raises(ConfigError, match=r"a sibling has all sources of the store that it extends, or none of them"):
-        prepare(one(small, "new", "gemma"), QUIET)
+        prepare(of(small, "new", "gemma"), QUIET)
     with pytest.raises(ConfigError, match=r"more sources extend one store, not a family of rows"):
-        prepare(one(more, "new"), QUIET)
+        prepare(of(more, "new"), QUIET)

@@ -309,7 +309,7 @@ def test_tokens_out_of_reach_are_counted_also_behind_the_last_segment(tmp_path: 
 
 
 def test_a_corpus_without_any_row_is_refused(spellers: Spellers) -> None:
-    with pytest.raises(AlignmentError, match=r"no row came of the corpus: .*'documents_not_spelled': 1") as caught:
+    with pytest.raises(AlignmentError, match=r"no row came of the corpus: 1 documents not spelled\. ") as caught:
         build(spellers, documents=[Document("a", "▁")])
     assert caught.value.exit_code == 2
     with pytest.raises(AlignmentError, match=r"no row came of the corpus"):
@@ -570,3 +570,12 @@ def test_a_plan_that_will_disappoint_says_so(rows: int, held_out: int, said: lis
     config = HarvestConfig.model_validate({"models": {"m": model}, "rows": {"count": 100}})
     notes = plan.notes({"rows": rows, "documents": 5, "documents_held_out": held_out}, config)
     assert [note[: len(start)] for note, start in zip(notes, said, strict=True)] == said
+
+
+def test_what_a_plan_says_of_documents_that_are_held_out_is_true_of_it() -> None:
+    def notes(**tables: Any) -> list[str]:
+        asked = {"models": {"m": {"path": "m", "sites": ["resid.1"]}}, **tables}
+        return plan.notes({"rows": 9, "documents": 5, "documents_held_out": 0}, HarvestConfig.model_validate(asked))
+
+    assert notes(rows={"held_out": 0})[0].endswith("training needs both kinds: raise rows.held_out")
+    assert notes(store={"extends": "parent.zarr"}) == []  # the rest of the family may have some

@@ -109,6 +109,16 @@ def test_status_tells_how_far_a_store_is(harvest: Harvest, pair: Store, tmp_path
     assert "state  unfinished\n" in text
     assert f"llama {pair.shards - 1} of {pair.shards}" in text
     assert "made with  cpu, 1 threads\n" in text
+    assert "[" not in text
+
+
+def test_commands_work_from_inside_a_store(
+    harvest: Harvest, pair: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy_of(pair, tmp_path))
+    for command in ("status", "verify", "repair", "inspect"):
+        done = harvest(command, ".")
+        assert (done.code, done.err) == (0, ""), command
 
 
 def test_a_sound_store_is_said_to_be_and_how_it_was_asked(harvest: Harvest, pair: Store) -> None:
@@ -134,6 +144,7 @@ def test_a_fault_is_a_line_and_exit_code_1_and_repair_mends_it(harvest: Harvest,
     for command in (("inspect", path), ("run", config_of(pair), "--store", path)):
         again = harvest(*command)
         assert (again.code, again.err.splitlines()[-1][: len(told)]) == (1, told)
+        assert "nothing to do" not in again.err
     (fault,) = harvest("verify", path, "--full", "--json").json
     assert (fault["file"], fault["unit"]) == (name, [0, "gemma"])
     mended = harvest("repair", path)

@@ -325,6 +325,8 @@ def test_a_hub_model_is_fetched_with_its_safetensors_or_else_with_its_bin(
         return {name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match=r"only a model of the hub has revisions: .*, v1"):
+        models.resolve(str(folder), "v1")
     found = models.resolve("someone/tiny", "v1")
     assert found == models.Checkpoint("someone/tiny", local)
     own, hub = (models.load(one, "float32", None, "cpu") for one in (resolve(folder), found))

@@ -154,7 +154,7 @@ def test_show_says_what_a_dictionary_is(say: Say, run: Path) -> None:
     assert described["parameters"] == 32 + 2 * 30 * 6 + 2 * 30 * 4 + 6 + 4
     assert "span        only_a: 2 latents, a -> a" in said.out
     assert "span        shared: 28 latents, a + b -> a + b" in said.out
-    assert "source      b: width 4, scale factor " in said.out
+    assert "source      b: width 4, rows are scaled by " in said.out
 
 
 @pytest.mark.parametrize("command", ["run", "measure", "methods", "show"])
