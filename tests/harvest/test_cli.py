@@ -322,7 +322,7 @@ def test_a_stopped_harvest_lets_go_and_tells_how_to_go_on(
     assert "Traceback" not in err
     *_, stored, command, last = err.splitlines()
     made = len(Store.at(path).units) - len(Store.at(path).missing())
-    assert stored == f"{made} of {len(Store.at(path).units)} units are stored"
+    assert stored == f"{made} of {len(Store.at(path).units)} units are made"
     assert command == f"to go on: harvest run {tmp_path}/pair.toml"
     assert last == {130: "interrupted", 143: "terminated"}[code]
     assert not list(path.rglob("*.partial")) and not lock.folder_of(path).exists()
