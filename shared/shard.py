@@ -204,7 +204,8 @@ class PackedShards(Shards):
         self._stride = -(-form.chunk_rows // whole_pages) * whole_pages  # rows from chunk to chunk in `_kept_ND`
         chunks = -(-found.rows // form.chunk_rows)
         self._kept_ND = _space(chunks * self._stride, form.width, form.dtype)
-        self._asked_X = np.zeros(chunks, np.int32)  # will_need less forget, and a `take` while it runs
+        self._asked_X = np.zeros(chunks, np.int32)  # will_need less forget
+        self._taken_X = np.zeros(chunks, np.int32)  # by every `take` that runs: what it reads stays, whoever forgets it
         self._pending: dict[int, Future[None]] = {}  # chunks that are being decoded, or could not be
         self._lock = threading.Lock()
 
@@ -214,7 +215,7 @@ class PackedShards(Shards):
         with self._lock:
             kept_B = self._asked_X[chunk_B] > 0
             kept_X = np.unique(chunk_B[kept_B])
-            self._asked_X[kept_X] += 1
+            self._taken_X[kept_X] += 1
             waiting = [self._pending[chunk] for chunk in kept_X.tolist() if chunk in self._pending]
         try:
             waiting += self._take_others(np.flatnonzero(~kept_B), chunk_B, local_B, out_BD, pool)
@@ -226,7 +227,8 @@ class PackedShards(Shards):
                 out_BD[kept_B] = self._kept_ND[at_B[kept_B]]
         finally:
             with self._lock:
-                self._release(kept_X)
+                self._taken_X[kept_X] -= 1
+                self._tidy(kept_X)
 
     def _take_others(
         self, at: np.ndarray, chunk_B: np.ndarray, local_B: np.ndarray, out_BD: np.ndarray, pool: Executor
@@ -243,14 +245,16 @@ class PackedShards(Shards):
     def will_need(self, start: int, stop: int, pool: Executor) -> None:
         for chunk in range(*self._chunks(start, stop)):
             with self._lock:
-                if self._asked_X[chunk] == 0 and chunk not in self._pending:
+                if self._asked_X[chunk] + self._taken_X[chunk] == 0 and chunk not in self._pending:
                     self._pending[chunk] = pool.submit(self._fetch, chunk)
                 self._asked_X[chunk] += 1
 
     def forget(self, start: int, stop: int) -> None:
         chunks_X = np.arange(*self._chunks(start, stop))
         with self._lock:
-            self._release(chunks_X[self._asked_X[chunks_X] > 0])
+            chunks_X = chunks_X[self._asked_X[chunks_X] > 0]
+            self._asked_X[chunks_X] -= 1
+            self._tidy(chunks_X)
 
     def _chunks(self, start: int, stop: int) -> tuple[int, int]:
         return start // self._form.chunk_rows, -(-stop // self._form.chunk_rows)
@@ -259,13 +263,11 @@ class PackedShards(Shards):
         self._decode(chunk, self._kept_ND[chunk * self._stride :][: self._form.chunk_rows])
         with self._lock:
             del self._pending[chunk]
-            if self._asked_X[chunk] == 0:  # forgotten meanwhile
-                self._drop(chunk)
+            self._tidy(np.array([chunk]))  # it may have been forgotten meanwhile
 
-    def _release(self, chunks_X: np.ndarray) -> None:
-        """Called with the lock held."""
-        self._asked_X[chunks_X] -= 1
-        for chunk in chunks_X[self._asked_X[chunks_X] == 0].tolist():
+    def _tidy(self, chunks_X: np.ndarray) -> None:
+        """Drop those of these chunks that nobody wants. Called with the lock held."""
+        for chunk in chunks_X[self._asked_X[chunks_X] + self._taken_X[chunks_X] == 0].tolist():
             if chunk not in self._pending:
                 self._drop(chunk)
 

@@ -125,8 +125,9 @@ class Loader:
         with self._drawing:  # else several threads would permute the same window at once
             rows_B = self.order.step(step, self.batch, self.rank, self.world)
             coming, passed = self._reach((step * self.world + self.rank) * self.batch)
-        self._reader.will_need(self.order.starts(coming.start, coming.stop), self.order.block_rows)
-        self._reader.forget(self.order.starts(passed.start, passed.stop), self.order.block_rows)
+            # In the order of steps, so that nothing is given back before it was asked for.
+            self._reader.will_need(self.order.starts(coming.start, coming.stop), self.order.block_rows)
+            self._reader.forget(self.order.starts(passed.start, passed.stop), self.order.block_rows)
         rows_B = self._reader.gather(rows_B, slot.arrays)
         return Rows(self._send(slot), torch.from_numpy(rows_B))
 

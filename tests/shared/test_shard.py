@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from shared import codec, files, layout
 from shared.errors import StoreDamagedError
-from shared.shard import Files, Form, Packed, Raw, Shards
+from shared.shard import Files, Form, Packed, PackedShards, Raw, Shards
 
 ROWS, SHARD, CHUNK, WIDTH = 59, 24, 4, 6  # three shards; a ragged one, with a ragged chunk
 FORMS: dict[str, Form] = {
@@ -201,3 +201,30 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ZeroDivisionError):
         FORMS["blosc"].write(tmp_path / "0", np.zeros((SHARD, WIDTH), np.float16))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", codec.CODECS)
+def test_what_is_being_taken_stays_however_often_it_is_forgotten(tmp_path: Path, name: str) -> None:
+    made = write(FORMS[name], tmp_path)
+    source, rows_B, decoding, go = made.open(), np.arange(CHUNK), threading.Event(), threading.Event()
+    assert isinstance(source, PackedShards)
+    decode = source._decode
+
+    def slow(chunk: int, rows_CD: np.ndarray) -> None:
+        decoding.set()
+        assert go.wait(60)
+        decode(chunk, rows_CD)
+
+    source._decode = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as consumer:
+        source.will_need(0, CHUNK, pool)
+        assert decoding.wait(60)
+        found = consumer.submit(taken, source, rows_B, made.rows_ND, pool)
+        while not source._taken_X[0]:  # it has seen that the chunk is on its way, and waits for it
+            pass
+        for _ in range(3):
+            source.forget(0, CHUNK)
+        source.will_need(0, CHUNK, pool)  # it is there: nobody writes where the other one reads
+        source.forget(0, CHUNK)
+        go.set()
+        assert found.result(60) == made.rows_ND[rows_B].tobytes()
