@@ -43,7 +43,7 @@ class Cluster(Crew):
     def make(self, store: Store, units: Sequence[Unit], tick: Tick) -> Iterator[Receipt]:
         path, left, taken = store.path.absolute(), iter(units), 0
         futures: list[Future] = []
-        done = as_completed()
+        done = as_completed(loop=self._client.loop)
 
         def submit() -> None:
             for unit in islice(left, max(0, self.ahead - (len(futures) - taken))):
@@ -75,7 +75,7 @@ def local(workers: int, bench: Bench, log: Log) -> Iterator[Cluster]:
             n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, local_directory=scratch,
             silence_logs=logging.ERROR,
         ) as cluster,
-        Client(cluster) as client,
+        Client(cluster, set_as_default=False) as client,
     ):  # fmt: skip
         log.event("cluster", f"{workers} workers with {threads} torch threads each: {client.dashboard_link}")
         yield Cluster(client, replace(bench, threads=threads))
@@ -88,7 +88,8 @@ def remote(address: str, bench: Bench, log: Log) -> Iterator[Cluster]:
     Raises ClusterError where none answers.
     """
     try:
-        client = Client(address, timeout=TIMEOUT_S)
+        # As the default it would stay so when nothing answers, and whoever uses dask next would wait for ever.
+        client = Client(address, timeout=TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ClusterError("no scheduler answers", address, f"Start one: dask scheduler ({error})") from None
     with client:

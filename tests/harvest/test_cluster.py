@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from distributed import LocalCluster
+from distributed import LocalCluster, default_client
 from safetensors.torch import load_file, save_file
 
 from harvest import cluster, destination, lock, work
@@ -140,6 +140,8 @@ def test_a_scheduler_that_does_not_answer_is_one_line(
         ):
             pass
         assert "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match="No clients found"):  # else the next compute() would wait for it for ever
+            default_client()
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
