@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.flags import CLIPPED, MASKED, SINK
+from shared.flags import CLIPPED, MASKED, SINK, SINK_MULTIPLE
 
 LARGEST_NORM = float(torch.finfo(torch.float32).max)  # no norm is above it; JSON has no infinity
 HEADROOM = 4.0  # times the largest component that the calibration saw
 # Times the stored type's epsilon at least, and times the difference between two shapes of a batch.
 TOLERANCES = 2.0, 8.0
-SINK_MULTIPLE = 10.0  # a row is a sink where its norm is above this multiple of the median (pitfalls of Qwen, Gemma)
 
 
 @dataclass(frozen=True)

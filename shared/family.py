@@ -76,6 +76,10 @@ class Longer(View):
     def members(self) -> list[str]:
         return [*self._first.members, *self._then.members]
 
+    @property
+    def seals(self) -> list[str]:
+        return [*self._first.seals, *self._then.seals]
+
     def beside(self, source: str) -> list[str]:
         return self._first.beside(source)
 
@@ -127,6 +131,10 @@ class Wider(View):
     @property
     def members(self) -> list[str]:
         return [*self._first.members, *self._then.members]
+
+    @property
+    def seals(self) -> list[str]:
+        return [*self._first.seals, *self._then.seals]
 
     def beside(self, source: str) -> list[str]:
         return self._of(f"activations/{source}").beside(source)

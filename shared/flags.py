@@ -7,6 +7,9 @@ FIRST, BOS, SPECIAL = 1, 2, 4  # bits of rows/<model>/flags
 ROLES = ("system", "user", "assistant", "tool", "other")
 TEMPLATE = 64  # the row's token ends in a chat, outside the content of every message
 CLIPPED, MASKED, SINK = 1, 2, 4  # bits of faults/<source>
+SINK_MULTIPLE = (
+    10.0  # a row is a sink where its norm is above this multiple of the median (those of Qwen and Gemma are far above)
+)
 TRAIN, HELD_OUT = 0, 1  # documents/split
 
 

@@ -44,6 +44,10 @@ class Store(View):
     def members(self) -> list[str]:
         return [self.header.id]
 
+    @property
+    def seals(self) -> list[str]:
+        return [files.sha256_file(self.path / SEALED)]
+
     def beside(self, source: str) -> list[str]:
         return list(self.header.models)
 

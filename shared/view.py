@@ -43,6 +43,11 @@ class View(ABC):
     def members(self) -> list[str]:
         """The ids of the stores that are read."""
 
+    @property
+    @abstractmethod
+    def seals(self) -> list[str]:
+        """The sha256 of the seal of every store that is read: equal seals, equal bytes."""
+
     @abstractmethod
     def beside(self, source: str) -> list[str]:
         """The models whose flags decide the class of a row in the moments of this source."""

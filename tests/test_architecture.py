@@ -73,7 +73,8 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "train": {
         "order": "pure: (seed, step) -> the rows of a batch; resume is one integer",
-        "reader": "shards, mapped or decoded ahead -> the rows of a batch; which rows a run keeps",
+        "filter": "which rows of a store a run learns from, and what dropped the others",
+        "reader": "shards, mapped or decoded ahead -> the rows of a batch",
         "loader": "threads -> a ring of slots -> batches on the device",
         "schedule": "values over steps, as polylines",
         "wiring": "spans: which latents each source reads into and writes from",
@@ -109,7 +110,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("shared/models.py", "harvest/corpus.py"),
     "tqdm": ("shared/log.py",),
     "tomli_w": ("shared/config.py",),
-    "pydantic": ("*/config.py", "train/method.py", "train/methods/*.py"),
+    "pydantic": ("*/config.py", "train/filter.py", "train/method.py", "train/methods/*.py"),
     "psutil": ("harvest/lock.py",),
     "jinja2": ("harvest/chat.py",),
     "safetensors": ("shared/models.py", "train/checkpoint.py", "train/dictionary.py"),

@@ -19,12 +19,11 @@ from harvest.config import CorpusConfig
 from harvest.forward import Batches
 from shared import models
 from shared.device import torch_threads
-from shared.flags import HELD_OUT
 from shared.store import Store
 from train import dictionary as dictionaries
 from train import measure
 from train.dictionary import Dictionary
-from train.reader import kept_rows
+from train.filter import RowsConfig, kept_rows
 from train.scale import Scale
 
 QUICKSTART = Path(__file__).parents[1] / "pipelines" / "quickstart"
@@ -161,7 +160,9 @@ def test_the_dictionary_beats_the_mean_an_untrained_one_and_pca_on_held_out_docu
 def _pca(store: Store, source: str, k: int) -> float:
     """FVE on held-out rows of the k leading principal components of the training rows, in fp64."""
     stored = store.column(f"activations/{source}")
-    train, held_out = (stored[kept_rows(store, SOURCES, split).kept_N].astype(np.float64) for split in (0, HELD_OUT))
+    train, held_out = (
+        stored[kept_rows(store, RowsConfig(split=split)).kept_N].astype(np.float64) for split in ("train", "held_out")
+    )
     mean = train.mean(0)
     _, vectors = np.linalg.eigh((train - mean).T @ (train - mean))
     basis = vectors[:, -k:]

@@ -97,7 +97,9 @@ def measure(
     dictionary = Dictionary.load(folder, device)
     store = _opened(cache or _own_store(folder), below, as_json)
     _require_same_sites(folder, store, dictionary)
-    figures = measuring.measure(dictionary, store, rows or _own_rows(folder), quiet=as_json)
+    trained = _own_config(folder)
+    most = rows or (trained.log if trained else LogConfig()).measure_rows
+    figures = measuring.measure(dictionary, store, most, trained.rows if trained else None, as_json)
     print(json.dumps(figures) if as_json else report.text(figures))
 
 
@@ -167,11 +169,10 @@ def _require_same_sites(folder: Path, store: View, dictionary: Dictionary) -> No
             raise StoreError(f"{name} is another site in this store", f"{asked} -> {found}", way_out)
 
 
-def _own_rows(folder: Path) -> int:
-    """How many rows the run itself was measured on, so that its figures come out again."""
-    if (config := _of_run(folder, report.CONFIG)) is None:
-        return LogConfig().measure_rows
-    return configs.parse(TrainConfig, configs.read_toml(config)).log.measure_rows
+def _own_config(folder: Path) -> TrainConfig | None:
+    """What the run was told, so that its own figures come out again."""
+    found = _of_run(folder, report.CONFIG)
+    return configs.parse(TrainConfig, configs.read_toml(found)) if found else None
 
 
 def _own_store(folder: Path) -> str:

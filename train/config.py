@@ -8,6 +8,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from shared.config import Config
 from train import method as methods
 from train.dictionary import Norm
+from train.filter import RowsConfig
 from train.scale import Kind
 
 
@@ -60,6 +61,7 @@ class TrainConfig(Config):
     batch: int = Field(4096, ge=1)  # rows
     seed: int = Field(0, ge=0, lt=2**63)  # of the order and of the weights
     dead_rows: int = Field(10_000_000, ge=1)  # a latent is dead that has not fired for so many rows
+    rows: RowsConfig = RowsConfig()
     scale: ScaleConfig = ScaleConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     log: LogConfig = LogConfig()

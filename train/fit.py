@@ -20,9 +20,9 @@ from shared.log import Log, bar
 from shared.view import View
 from train import checkpoint, dictionary, measure, report, scale, wiring
 from train.config import TrainConfig
+from train.filter import kept_rows, require_rows
 from train.loader import Loader
 from train.order import Order, companions, default_window_blocks
-from train.reader import kept_rows
 from train.trainer import Trainer
 
 
@@ -61,7 +61,7 @@ def _fit(store: View, asked: TrainConfig, folder: str | Path | None, quiet: bool
         _train(store, made, path, log)
         trained = made.trainer.dictionary.eval()
         trained.save(path / "dictionary")
-        figures = measure.measure(trained, store, asked.log.measure_rows, quiet)
+        figures = measure.measure(trained, store, asked.log.measure_rows, asked.rows, quiet)
         files.write_json(path / report.MEASURE, figures)
         log.event("measure", figures=figures)
     report.write(path)
@@ -91,8 +91,9 @@ def prepare(store: View, config: TrainConfig) -> Made:
         raise ConfigError("the method's schedule is longer than the run", value, "Raise steps, or shorten the schedule")
     config.method.build(wires, config.steps)  # refuses before the store is read, as does the next line
     device = device_of(config.device)
-    measure.require_held_out(store, sources)  # the figures come last, and must not fail then
-    kept = kept_rows(store, sources)
+    measure.require_held_out(store, config.rows)  # the figures come last, and must not fail then
+    kept = kept_rows(store, config.rows)
+    require_rows(kept)
     order = Order(kept.kept_N, _block_rows(store, widths), default_window_blocks(config.batch), config.seed)
     if config.batch > order.kept:
         value = f"{config.batch:,} > {order.kept:,}"

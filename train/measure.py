@@ -3,7 +3,7 @@
 Letters: B rows of a batch, N rows measured, D width of a source, L latents, W writers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from shared import layout
 from shared.errors import StoreError
-from shared.flags import HELD_OUT, TRAIN
 from shared.log import bar
 from shared.view import View
 from train.dictionary import Dictionary, relative_norms
+from train.filter import RowsConfig, kept_rows
 from train.order import Order
-from train.reader import Reader, kept_rows
+from train.reader import Reader
 
 BATCH = 2048
 EXCLUSIVE = 0.8  # R above which a latent counts as exclusive to a source (DFC paper, section 1.5)
+NOTHING = np.empty(0, np.int64)  # of the training split of a store for evaluation alone
 DENSE = 0.1  # share of rows above which a latent counts as dense
 BINS = 20  # of the histogram of R
 
@@ -151,10 +152,13 @@ def sources_of(dictionary: Dictionary) -> list[str]:
     return list(dictionary.wiring.widths)
 
 
-def measure(dictionary: Dictionary, store: View, most: int = 131_072, quiet: bool = False) -> dict[str, Any]:
+def measure(
+    dictionary: Dictionary, store: View, most: int = 131_072, rows: RowsConfig | None = None, quiet: bool = False
+) -> dict[str, Any]:
     """The figures of a dictionary on a store: FVE and the like on held-out rows, dead latents on training rows too.
 
-    At most `most` rows of either split are read, a keyed sample where there are more; the filter is that of training.
+    At most `most` rows of either split are read, a keyed sample where there are more, of those that the filter of the
+    training (none: the default one) keeps.
     Raises StoreError where no held-out row is left.
     """
     for source, width in dictionary.wiring.widths.items():
@@ -164,33 +168,33 @@ def measure(dictionary: Dictionary, store: View, most: int = 131_072, quiet: boo
     device = dictionary.activation.bias_L.device
     with evaluating(dictionary):
         measures = []
-        for split, what in ((HELD_OUT, "measuring, held out"), (TRAIN, "measuring, training")):
-            rows = _sample(store, dictionary, split, most)
+        for kept_N, what in (
+            (require_held_out(store, rows), "measuring, held out"),
+            (of_split(store, rows, "train"), "measuring, training"),
+        ):
+            sampled = Order(kept_N, store.chunk_rows, 1, seed=0).sample(most, seed=0) if kept_N.any() else NOTHING
             one = Measure(dictionary)
-            batches = _batches(store, dictionary, rows, device)
-            for x in bar(what, "batches", -(-len(rows) // BATCH), batches, quiet):
+            batches = _batches(store, dictionary, sampled, device)
+            for x in bar(what, "batches", -(-len(sampled) // BATCH), batches, quiet):
                 one.add(x)
             measures.append(one)
         held_out, training = measures
         return held_out.result(training.fires_L) | {"training_rows": training.rows}
 
 
-def require_held_out(store: View, sources: Sequence[str]) -> np.ndarray:
+def of_split(store: View, rows: RowsConfig | None, split: str) -> np.ndarray:
+    """The rows of a split that a filter keeps, whatever split it is for itself: a mask."""
+    return kept_rows(store, (rows or RowsConfig()).model_copy(update={"split": split})).kept_N
+
+
+def require_held_out(store: View, rows: RowsConfig | None) -> np.ndarray:
     """The held-out rows that measures read, a mask. Raises StoreError where there is none."""
-    kept_N = kept_rows(store, list(sources), HELD_OUT).kept_N
+    kept_N = of_split(store, rows, "held_out")
     if not kept_N.any():
         documents = f"{store.path} holds out {store.header.plan['documents_held_out']} documents"
         way_out = "Harvest more documents, or a larger share of them (rows.held_out)"
         raise StoreError("no held-out row to measure on", documents, way_out)
     return kept_N
-
-
-def _sample(store: View, dictionary: Dictionary, split: int, most: int) -> np.ndarray:
-    sources = sources_of(dictionary)
-    kept = require_held_out(store, sources) if split == HELD_OUT else kept_rows(store, sources, split).kept_N
-    if not kept.any():  # a store for evaluation alone
-        return np.empty(0, np.int64)
-    return Order(kept, store.chunk_rows, 1, seed=0).sample(most, seed=0)
 
 
 def _batches(

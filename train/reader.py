@@ -1,69 +1,20 @@
-"""Rows of a store from its shards, and the filter that says which rows a run keeps.
+"""Rows of a store from its shards.
 
-Letters: N rows of the store, B rows of a batch, D width of a source, n documents.
+Letters: B rows of a batch, D width of a source.
 """
 
 import resource
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
-from shared import config, layout
+from shared import layout
 from shared.errors import StoreError
-from shared.flags import FIRST, MASKED, SINK, SPECIAL, TRAIN
 from shared.shard import THREADS
 from shared.view import View
 
-RULES = ("special", "first", "sink")  # what the default filter drops beside masked rows and the other split
 SPARE_FILES = 256  # descriptors left to the rest of the process
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The rows that pass a filter, and how many rows each rule dropped.
-
-    A row counts under the first rule that drops it, so kept + dropped = all.
-    """
-
-    kept_N: np.ndarray  # bool
-    dropped: dict[str, int]
-
-
-def kept_rows(store: View, sources: Iterable[str], split: int = TRAIN, drop: Collection[str] = RULES) -> Kept:
-    """The rows of documents of `split` that no rule of `drop` drops for any of `sources` or their models.
-
-    Masked rows are always dropped. Raises ConfigError for an unknown rule, StoreError for an unknown source.
-    """
-    for rule in drop:
-        if rule not in RULES:
-            raise config.unknown("unknown rule of the row filter", rule, RULES)
-    names = list(sources)
-    models = sorted({store.source(name).model for name in names})
-    other_split_n = store.column("documents/split") != split
-    other = "held_out" if split == TRAIN else "training"
-    kept_N, dropped = np.empty(store.rows, bool), dict.fromkeys((other, "masked", *drop), 0)
-    for shard in range(store.shards):
-        hits = _hits(store, names, models, shard) | {other: other_split_n[store.map("rows/document", shard)]}
-        keep_S = np.ones(len(store.rows_of(shard)), bool)
-        for rule in dropped:
-            dropped[rule] += int(np.count_nonzero(keep_S & hits[rule]))
-            keep_S &= ~hits[rule]
-        kept_N[store.rows_of(shard).start : store.rows_of(shard).stop] = keep_S
-    return Kept(kept_N, dropped)
-
-
-def _hits(store: View, sources: list[str], models: list[str], shard: int) -> dict[str, np.ndarray]:
-    """Which rows of a shard each rule of flags and faults drops."""
-    flags_S = np.bitwise_or.reduce([store.map(f"rows/{model}/flags", shard) for model in models])
-    faults_S = np.bitwise_or.reduce([store.map(f"faults/{name}", shard) for name in sources])
-    return {
-        "masked": faults_S & MASKED != 0,
-        "special": flags_S & SPECIAL != 0,
-        "first": flags_S & FIRST != 0,
-        "sink": faults_S & SINK != 0,
-    }
 
 
 class Reader:

@@ -18,8 +18,9 @@ from shared.moments import CLASSES
 from shared.store import Store
 from tests.build import make_store
 from train import Dictionary, fit
+from train.filter import kept_rows
 from train.order import Order
-from train.reader import Reader, kept_rows
+from train.reader import Reader
 
 RUN = {"wiring": {"kind": "crosscoder", "latents": 64}, "method": {"name": "topk", "k": 4}, "steps": 12, "batch": 32}
 
@@ -78,8 +79,8 @@ def test_more_rows_stand_behind_the_others(first: Store, more: Store) -> None:
 
 def test_what_is_kept_and_served_of_a_family_is_what_is_of_each(first: Store, more: Store) -> None:
     whole = open_family(more.path)
-    both = [kept_rows(store, ["a", "b"]) for store in (first, more)]
-    kept = kept_rows(whole, ["a", "b"])
+    both = [kept_rows(store) for store in (first, more)]
+    kept = kept_rows(whole)
     assert np.array_equal(kept.kept_N, np.concatenate([one.kept_N for one in both]))
     assert kept.dropped == {rule: both[0].dropped[rule] + both[1].dropped[rule] for rule in kept.dropped}
     rows = {name: np.concatenate([stored(first, name), stored(more, name)]) for name in ("a", "b")}

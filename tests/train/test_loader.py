@@ -20,9 +20,10 @@ from shared.shard import PackedShards
 from shared.store import Store
 from tests.build import make_store
 from tests.device import CPU, every_device
+from train.filter import RowsConfig, kept_rows
 from train.loader import Loader, Rows
 from train.order import Order
-from train.reader import Reader, kept_rows
+from train.reader import Reader
 
 ROWS, BATCH = 101, 16
 
@@ -34,7 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def order(store: Store) -> Order:
-    return Order(kept_rows(store, ["a", "b"]).kept_N, block_rows=4, window_blocks=5, seed=0)
+    return Order(kept_rows(store).kept_N, block_rows=4, window_blocks=5, seed=0)
 
 
 @pytest.fixture(scope="module", params=CODECS)
@@ -115,7 +116,7 @@ def test_a_packed_store_serves_the_same_bits_from_anywhere(
 def test_a_chunk_is_decoded_once_for_every_time_that_it_comes_into_reach(
     packed: Store, start: int, batch: int, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = Order(kept_rows(packed, ["a"]).kept_N, block_rows=4, window_blocks=window, seed=0)
+    order = Order(kept_rows(packed, RowsConfig(sources=["a"])).kept_N, block_rows=4, window_blocks=window, seed=0)
     decoded, ahead = list[int](), list[int]()
     decode, fetch = PackedShards._decode, PackedShards._fetch
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from shared.errors import StoreError
-from shared.flags import HELD_OUT, TRAIN
 from shared.store import Store
 from tests import cases
 from tests.build import make_store
 from train.dictionary import Dictionary, create
+from train.filter import RowsConfig, kept_rows
 from train.measure import Measure, evaluating, measure
-from train.reader import kept_rows
 from train.scale import Scale
 from train.wiring import Wiring, build
 
@@ -193,8 +192,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_store(path, rows=300, shard_rows=256, chunk_rows=16, factor={"a": 2.0}, documents=20)
 
 
-def split_rows(store: Store, split: int) -> dict[str, Tensor]:
-    kept_N = kept_rows(store, WIDTHS, split).kept_N
+def split_rows(store: Store, split: str) -> dict[str, Tensor]:
+    kept_N = kept_rows(store, RowsConfig(split=split)).kept_N
     return {
         name: torch.from_numpy(store.column(f"activations/{name}")[kept_N].astype(np.float32) * store.factor(name))
         for name in WIDTHS
@@ -203,7 +202,7 @@ def split_rows(store: Store, split: int) -> dict[str, Tensor]:
 
 def test_figures_are_of_all_kept_held_out_rows_and_dead_latents_of_training_rows_too(store: Store) -> None:
     made = random(build("dedicated", WIDTHS, 60, 9))
-    held_out, training = measured(made, split_rows(store, HELD_OUT)), measured(made, split_rows(store, TRAIN))
+    held_out, training = measured(made, split_rows(store, "held_out")), measured(made, split_rows(store, "train"))
     figures = measure(made, store, quiet=True)
     assert figures.pop("training_rows") == training.rows > held_out.rows > 0
     assert figures == held_out.result(training.fires_L)

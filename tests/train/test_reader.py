@@ -1,4 +1,4 @@
-"""The reader equals plain indexing, and the filter drops what it says."""
+"""The reader equals plain indexing."""
 
 import resource
 from pathlib import Path
@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.codec import Packing
-from shared.errors import ConfigError, StoreError
-from shared.flags import BOS, CLIPPED, FIRST, HELD_OUT, MASKED, SINK, SPECIAL, TRAIN
+from shared.errors import StoreError
 from shared.store import Store
 from tests.build import make_store
-from train.reader import Reader, kept_rows
+from train.reader import Reader
 
 ROWS = 101  # 4 shards of 32 rows, the last of 5, and chunks of 8
 
@@ -33,77 +32,7 @@ def any_store(request: pytest.FixtureRequest, store: Store, tmp_path_factory: py
     return make_store(path, rows=ROWS, factor={"a": 4.0}, packing=packing)
 
 
-@pytest.fixture(scope="module")
-def flagged(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Six rows of two documents, three in each; the second is held out."""
-    flags = {"model_a": [FIRST, 0, SPECIAL, 0, 0, 0], "model_b": [0, BOS, 0, FIRST, 0, 0]}
-    faults = {"a": [0, CLIPPED, SINK, 0, MASKED, 0], "b": [0, 0, 0, 0, 0, SINK | MASKED]}
-    return make_store(
-        tmp_path_factory.mktemp("reader") / "flagged.zarr", rows=6, shard_rows=4, chunk_rows=2, documents=2, seed=SEED,
-        split=np.array([TRAIN, HELD_OUT]),
-        flags={name: np.array(bits, np.uint8) for name, bits in flags.items()},
-        faults={name: np.array(bits, np.uint8) for name, bits in faults.items()},
-    )  # fmt: skip
-
-
-SEED = next(s for s in range(100) if np.random.default_rng(s).integers(0, 7, 1)[0] == 3)  # cuts the documents at row 3
-
-
-def test_rows_with_flags_or_faults_of_any_involved_source_are_dropped(flagged: Store) -> None:
-    assert kept_rows(flagged, ["a", "b"]).kept_N.tolist() == [False, True, False, False, False, False]
-    assert kept_rows(flagged, ["a", "b"], HELD_OUT).kept_N.tolist() == [False] * 6
-    assert kept_rows(flagged, ["a"]).kept_N.tolist() == [False, True, False, False, False, False]
-    assert kept_rows(flagged, ["a"], HELD_OUT).kept_N.tolist() == [False, False, False, True, False, True]
-    assert kept_rows(flagged, ["b"]).kept_N.tolist() == [True, True, True, False, False, False]
-    assert kept_rows(flagged, ["b"], HELD_OUT).kept_N.tolist() == [False, False, False, False, True, False]
-
-
-def test_a_dropped_row_counts_once_under_the_first_rule_that_drops_it(flagged: Store) -> None:
-    assert kept_rows(flagged, ["a", "b"]).dropped == {"held_out": 3, "masked": 0, "special": 1, "first": 1, "sink": 0}
-    assert kept_rows(flagged, ["a", "b"], HELD_OUT).dropped == {
-        "training": 3,
-        "masked": 2,
-        "special": 0,
-        "first": 1,
-        "sink": 0,
-    }
-    assert kept_rows(flagged, ["a"], drop=["sink"]).dropped == {"held_out": 3, "masked": 0, "sink": 1}
-
-
-def test_masked_rows_are_dropped_whatever_the_rules(flagged: Store) -> None:
-    assert kept_rows(flagged, ["a", "b"], HELD_OUT, drop=[]).kept_N.tolist() == [
-        False,
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]
-
-
-def test_kept_and_dropped_are_all_rows(store: Store) -> None:
-    for split in (TRAIN, HELD_OUT):
-        kept = kept_rows(store, ["a", "b"], split)
-        assert kept.kept_N.sum() + sum(kept.dropped.values()) == ROWS
-        assert kept.kept_N.any()
-
-
-def test_what_the_filter_keeps_is_what_the_moments_call_ordinary(tmp_path: Path) -> None:
-    # Exact where one source takes part and its model is the store's only one.
-    store = make_store(tmp_path / "one.zarr", rows=ROWS, models={"a": "m", "b": "m"}, factor={"a": 4.0})
-    for split, name in ((TRAIN, "train"), (HELD_OUT, "held_out")):
-        kept_N = kept_rows(store, ["a"], split).kept_N
-        moments = store.moments("a", [f"ordinary/{name}"])
-        assert moments.count == kept_N.sum() > 0
-        mean_D = 4.0 * store.column("activations/a")[kept_N].astype(np.float64).mean(0)
-        assert np.allclose(moments.mean_D, mean_D, atol=1e-2)  # moments are of the values before the cast to fp16
-
-
-def test_unknown_names_are_refused_with_what_there_is(store: Store) -> None:
-    with pytest.raises(ConfigError, match="sink"):
-        kept_rows(store, ["a"], drop=["sinks"])
-    with pytest.raises(StoreError, match="a, b"):
-        kept_rows(store, ["c"])
+def test_an_unknown_source_is_refused_with_what_there_is(store: Store) -> None:
     with pytest.raises(StoreError, match="a, b"):
         Reader(store, ["c"])
 

@@ -17,8 +17,9 @@ from shared.flags import FIRST, SPECIAL
 from shared.store import Store
 from tests.build import make_store
 from train import scale as scales
+from train.filter import RowsConfig, kept_rows
 from train.order import Order
-from train.reader import Reader, kept_rows
+from train.reader import Reader
 from train.scale import Scale, fit, kept_moments
 
 ROWS, WIDTHS, FACTORS = 400, {"a": 6, "b": 4}, {"a": 4.0, "b": 0.5}
@@ -49,7 +50,7 @@ def store(make: Make) -> Store:
 
 
 def order_of(store: Store, sources: list[str]) -> Order:
-    return Order(kept_rows(store, sources).kept_N, 8, 4, seed=0)
+    return Order(kept_rows(store, RowsConfig(sources=sources)).kept_N, 8, 4, seed=0)
 
 
 def rows(store: Store, source: str, kept_N: np.ndarray) -> np.ndarray:
@@ -88,16 +89,16 @@ def test_the_scale_is_that_of_the_kept_rows(store: Store, sources: list[str], ki
 
 
 def kept_few_less(store: Store) -> np.ndarray:
-    return kept_rows(store, ["a", "b"]).kept_N
+    return kept_rows(store).kept_N
 
 
 def kept_fewer(store: Store) -> np.ndarray:
-    kept_N = kept_rows(store, ["a", "b"]).kept_N
+    kept_N = kept_rows(store).kept_N
     return kept_N & (np.arange(ROWS) % 3 > 0)
 
 
 def kept_more(store: Store) -> np.ndarray:
-    return kept_rows(store, ["a", "b"], drop=["special"]).kept_N
+    return kept_rows(store, RowsConfig(positions=":", max_norm_multiple=0)).kept_N
 
 
 @pytest.mark.parametrize("kept", [kept_few_less, kept_fewer, kept_more])
@@ -126,7 +127,7 @@ def test_few_dropped_rows_are_taken_out_of_the_stored_moments_and_only_they_are_
         return read_moments(store, reader, source, wanted)
 
     monkeypatch.setattr(scales, "_read_moments", spied)
-    kept_N = kept_rows(store, ["a", "b"]).kept_N
+    kept_N = kept_rows(store).kept_N
     with Reader(store, ["a", "b"]) as reader:
         for name in WIDTHS:
             kept_moments(store, reader, name, kept_N)
