@@ -2,7 +2,8 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -137,6 +138,34 @@ def one_line() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def deferred_stop() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM take their usual course at the end of the block, which asks meanwhile whether one has come.
+
+    A second one takes it at once. In another thread than the main one signals do not arrive, and nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        restore()
+    if came:
+        signal.raise_signal(came[0])
 
 
 def _stop(number: int, frame: object) -> None:

@@ -57,12 +57,18 @@ class Log:
         self.close()
 
 
-def bar(what: str, unit: str, total: int, items: Iterable[T] | None = None, quiet: bool = False) -> "tqdm[T]":
-    """A bar over `items`, or one to update by hand: rate and time left; off a terminal at most one line per 10 s."""
+def bar(
+    what: str, unit: str, total: int, items: Iterable[T] | None = None, quiet: bool = False, done: int = 0
+) -> "tqdm[T]":
+    """A bar over `items`, or one to update by hand: rate and time left; off a terminal at most one line per 10 s.
+
+    `done` of the total were done before.
+    """
     live = sys.stderr.isatty()
     return tqdm(
         items,
         total=total,
+        initial=done,
         desc=what,
         unit=f" {unit}",
         unit_scale=total > 10_000,

@@ -90,8 +90,9 @@ MODULES: dict[str, dict[str, str]] = {
         "checkpoint": "the state of a run on disk, whole or absent",
         "measure": "the figures, with their formulas, over all rows at once",
         "report": "a run's folder -> one page",
-        "fit": "a run from store to report: when to log, to checkpoint and to measure",
-        "cli": "train run | measure | methods | show",
+        "run": "a run in its folder: claimed, logged, kept, found again",
+        "fit": "a run from store to report, from its beginning or its last checkpoint",
+        "cli": "train run | resume | measure | methods | show",
     },
 }
 

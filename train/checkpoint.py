@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shared import files
+from shared import config, files
 from shared.errors import CheckpointError
 from train.trainer import Trainer
 
@@ -17,7 +17,7 @@ TENSORS, STATE = "state.safetensors", "state.json"
 
 
 def save(trainer: Trainer, folder: Path, identity: Mapping[str, Any], keep: int) -> Path:
-    """Write folder/step_<step>, and remove all but the last `keep`. `identity` names the store and config."""
+    """Write folder/step_<step>, and remove all but the last `keep`. `identity` says of which store and config."""
     state = trainer.state_dict()
     path = folder / f"step_{trainer.step:08d}"
     tensors = {f"dictionary/{name}": value for name, value in state["dictionary"].items()} | {"idle_L": state["idle_L"]}
@@ -45,10 +45,9 @@ def load(trainer: Trainer, path: Path, identity: Mapping[str, Any]) -> None:
         saved, tensors = files.read_json(path / STATE), load_file(path / TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError("no checkpoint here", path, f"Give a folder step_... of a run ({error})") from None
-    different = [key for key, value in identity.items() if saved.get(key) != value]
-    if different:
+    if different := config.differences({key: saved.get(key) for key in identity}, identity):
         raise CheckpointError(
-            "this checkpoint is of another run; these differ", ", ".join(different), "Use its own config"
+            "this checkpoint is of another run; these differ", ", ".join(different), "Use its own config and store"
         )
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():

@@ -1,4 +1,4 @@
-"""train run | measure | methods | show."""
+"""train run | resume | measure | methods | show."""
 
 import json
 import sys
@@ -17,7 +17,8 @@ from train import method as method_files
 from train import report
 from train.config import LogConfig, TrainConfig
 from train.dictionary import Dictionary
-from train.fit import fit
+from train.fit import Run, fit
+from train.fit import resume as going_on
 
 app = typer.Typer(
     help="Train dictionaries on a store: no model and no network are needed.",
@@ -70,12 +71,33 @@ def run(
     data = configs.read_toml(config_file) if config_file else {}
     asked = configs.parse(TrainConfig, configs.override(data, [*(settings or []), *configs.settings(flags)]))
     folder = None if out is None else remote.local(out, "A run is written to a folder (--out)")
-    made = fit(_opened(cache, below, as_json), asked, folder)
+    _tell(fit(_opened(cache, below, as_json), asked, folder), cache, as_json)
+
+
+@app.command()
+def resume(
+    run_folder: Annotated[str, typer.Argument(help="The folder of a run.")],
+    cache: Annotated[str | None, typer.Option("--store", help="Where its store lies now; none: where it was.")] = None,
+    below: Stage = None,
+    as_json: Json = False,
+) -> None:
+    """Go on with a run that was stopped or killed, from its last checkpoint: the weights come out the same to the bit.
+
+    A finished run is left as it is.
+
+    Example: train resume runs/dedicated-batch_topk-16384
+    """
+    folder = _run_folder(run_folder)
+    made = going_on(folder, _opened(cache, below, as_json) if cache else None, quiet=as_json)
+    _tell(made, cache or _own_store(folder), as_json)
+
+
+def _tell(made: Run, store: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"folder": str(made.folder), **made.figures}))
         return
     print(report.text(made.figures))
-    print(f"\nstore       {cache}\ndictionary  {made.folder / 'dictionary'}\nreport      {made.folder / report.PAGE}")
+    print(f"\nstore       {store}\ndictionary  {made.folder / 'dictionary'}\nreport      {made.folder / report.PAGE}")
 
 
 @app.command()

@@ -34,6 +34,7 @@ class RowsConfig(config.Config):
     max_norm_multiple: float = Field(10.0, ge=0)  # rows above so many times a source's median norm are dropped; 0: none
     documents: list[str] | None = None  # their ids, or patterns with * and ?; none: all
     sources: list[str] | None = None  # whose norms and whose models' tokens decide; none: all of the store
+    seed: int = Field(0, ge=0, lt=2**63)  # of their order, which runs of other seeds can share
 
     @field_validator("positions")
     @classmethod
@@ -73,7 +74,7 @@ def kept_rows(store: View, asked: RowsConfig | None = None) -> Kept:
         store.source(name)
     if store.rows < WORTH_KEEPING:
         return _filtered(store, asked, names)
-    key = {"seals": store.seals, "filter": asked.model_dump(mode="json", exclude={"sources"}), "sources": names}
+    key = {"seals": store.seals, "filter": asked.model_dump(mode="json", exclude={"sources", "seed"}), "sources": names}
     place = files.cache_folder() / "rows" / config.fingerprint(key)
     if (known := _read(place, store.rows)) is None:
         known = _filtered(store, asked, names)

@@ -1,24 +1,19 @@
 """A run: one loader feeds the trainer; when to log, to checkpoint and to measure is decided here."""
 
-import itertools
-import math
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shared import config as configs
 from shared import files, layout
 from shared.device import device_of, torch_threads
-from shared.errors import CheckpointError, ConfigError, TrainingError
+from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, deferred_stop
 from shared.family import open_family
 from shared.log import Log, bar
 from shared.view import View
-from train import checkpoint, dictionary, measure, report, scale, wiring
+from train import checkpoint, dictionary, measure, report, run, scale, wiring
 from train.config import TrainConfig
 from train.filter import kept_rows, require_rows
 from train.loader import Loader
@@ -47,24 +42,67 @@ def fit(
     asked = configs.parse(TrainConfig, config) if isinstance(config, Mapping) else config
     opened = open_family(store) if isinstance(store, str | Path) else store
     with torch_threads(asked.threads):
-        return _fit(opened, asked, folder, quiet)
+        run.require_free(folder)
+        made = prepare(opened, asked)
+        path = run.claim(folder, asked)
+        with run.held(path):
+            files.write_json(path / report.STORE, run.origin(opened, made.sources))
+            with Log(path / report.METRICS, quiet) as log:
+                mixing = companions(
+                    asked.batch, made.order.block_rows, made.order.window_blocks * made.order.block_rows
+                )
+                dropped = {"dropped": made.dropped, "kept": made.order.kept, "companions": mixing}
+                log.event("start", _opening(made, path), **dropped)
+                return _finish(opened, made, run.Training(path, asked, made.trainer, opened, log))
 
 
-def _fit(store: View, asked: TrainConfig, folder: str | Path | None, quiet: bool) -> Run:
-    _require_free(folder)
-    made = prepare(store, asked)
-    path = _claim(folder, asked)
-    files.write_json(path / report.STORE, _origin(store, made.sources))
-    with Log(path / report.METRICS, quiet) as log:
-        mixing = companions(asked.batch, made.order.block_rows, made.order.window_blocks * made.order.block_rows)
-        log.event("start", _opening(made, path), dropped=made.dropped, kept=made.order.kept, companions=mixing)
-        _train(store, made, path, log)
+def resume(folder: str | Path, store: View | str | Path | None = None, quiet: bool = False) -> Run:
+    """Go on with a run from its last checkpoint, to the bits that it would have had without a break.
+
+    `store` (none: where it was) must be the one that the run began on. A finished run is returned as it is. Raises
+    CheckpointError, StoreError or TrainingError.
+    """
+    path = Path(folder)
+    try:
+        asked = configs.parse(TrainConfig, configs.read_toml(path / report.CONFIG))
+    except ConfigError as error:
+        raise CheckpointError("no run here", path, f"Give the folder of a run ({error})") from None
+    if not (path / report.STORE).exists():
+        raise CheckpointError("this run was stopped before it began", path, "Remove the folder, and run it again")
+    began = files.read_json(path / report.STORE)
+    with run.held(path), torch_threads(asked.threads):
+        if (path / report.PAGE).exists():
+            return Run(path, dictionary.Dictionary.load(path), files.read_json(path / report.MEASURE))
+        place = began["path"] if store is None else store
+        opened = open_family(place) if isinstance(place, str | Path) else place
+        if (opened.header.id, opened.seals) != (began["id"], began["seals"]):
+            way_out = f"Give the store whose id begins with {began['id'][:12]}, as it was"
+            raise StoreError("this is not the store that the run began on", opened.path, way_out)
+        made = prepare(opened, asked, fresh=not checkpoint.steps(path / run.CHECKPOINTS))
+        with Log(quiet=quiet) as log:
+            training = run.Training(path, asked, made.trainer, opened, log)
+            training.resume()
+            log.attach(path / report.METRICS)
+            step = made.trainer.step
+            log.event("resume", f"going on with {path} at step {step:,} of {asked.steps:,}", step=step)
+            return _finish(opened, made, training)
+
+
+def _finish(store: View, made: "Made", training: run.Training) -> Run:
+    """Train to the end, measure and report."""
+    log, path, asked = training.log, training.folder, made.config
+    try:
+        _train(store, made, training)
         trained = made.trainer.dictionary.eval()
         trained.save(path / "dictionary")
-        figures = measure.measure(trained, store, asked.log.measure_rows, asked.rows, quiet)
+        figures = measure.measure(trained, store, asked.log.measure_rows, asked.rows, log.quiet)
         files.write_json(path / report.MEASURE, figures)
         log.event("measure", figures=figures)
-    report.write(path)
+        report.write(path)
+    except (Stopped, KeyboardInterrupt):
+        step = made.trainer.step
+        log.event("stop", f"stopped at step {step:,}; to go on: train resume {path}", step=step)
+        raise
     return Run(path, trained.requires_grad_(False), figures)
 
 
@@ -79,8 +117,11 @@ class Made:
     dropped: dict[str, int]
 
 
-def prepare(store: View, config: TrainConfig) -> Made:
-    """Check everything that can be wrong, and build order, scale, dictionary and trainer. Writes nothing."""
+def prepare(store: View, config: TrainConfig, fresh: bool = True) -> Made:
+    """Check everything that can be wrong, and build order, scale, dictionary and trainer. Writes nothing.
+
+    Where not `fresh`, scale and weights are left for a checkpoint to fill.
+    """
     sources = config.wiring.sources or list(store.header.sources)
     widths = {name: store.source(name).width for name in sources}
     if len(widths) < len(sources):
@@ -94,51 +135,21 @@ def prepare(store: View, config: TrainConfig) -> Made:
     measure.require_held_out(store, config.rows)  # the figures come last, and must not fail then
     kept = kept_rows(store, config.rows)
     require_rows(kept)
-    order = Order(kept.kept_N, _block_rows(store, widths), default_window_blocks(config.batch), config.seed)
+    order = Order(kept.kept_N, _block_rows(store), default_window_blocks(config.batch), config.rows.seed)
     if config.batch > order.kept:
         value = f"{config.batch:,} > {order.kept:,}"
         raise ConfigError("the batch is larger than the rows that are kept", value, "Lower batch, or harvest more rows")
-    scaled = scale.fit(store, sources, order, config.scale.kind, config.scale.centre)
+    kind = config.scale
+    scaled = scale.fit(store, sources, order, kind.kind, kind.centre) if fresh else scale.Scale(widths)
     made, terms = dictionary.create(wires, config.method, scaled, config.wiring.norm, config.steps)
-    made.initialise(config.seed, config.wiring.decoder_norm or dictionary.default_decoder_norm(wires))
+    if fresh:
+        made.initialise(config.seed, config.wiring.decoder_norm or dictionary.default_decoder_norm(wires))
     return Made(config, Trainer(made.to(device), list(terms), config), order, sources, kept.dropped)
 
 
-def _origin(store: View, sources: list[str]) -> dict[str, Any]:
-    """What a run was trained on: the store's id and place, and per source its model and site."""
-    found = [store.source(name) for name in sources]
-    places = {
-        one.name: {"model": store.header.models[one.model].path, "site": one.site, "width": one.width} for one in found
-    }
-    path = str(store.path.absolute())
-    return {"id": store.header.id, "members": store.members, "path": path, "rows": store.rows, "sources": places}
-
-
-def _block_rows(store: View, widths: Mapping[str, int]) -> int:
-    return layout.block_rows(store.chunk_rows, 2 * min(widths.values()))
-
-
-def _require_free(folder: str | Path | None) -> None:
-    """Before any work, what `_claim` would refuse after it."""
-    if folder is not None and (Path(folder) / report.CONFIG).exists():
-        raise CheckpointError("this folder holds a run already", folder, "Give another folder (--out)")
-    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-        raise CheckpointError("this is a file", folder, "Give a folder (--out)")
-    if folder is not None and Path(folder).exists() and any(Path(folder).iterdir()):
-        raise CheckpointError("this folder is in use and holds no run", folder, "Give another folder (--out)")
-
-
-def _claim(folder: str | Path | None, config: TrainConfig) -> Path:
-    """The run's folder with its config.toml, which one run alone can make."""
-    name = f"{config.wiring.kind}-{config.method.name}-{config.wiring.latents}"
-    numbered = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
-    for path in [Path(folder)] if folder is not None else numbered:
-        with suppress(FileExistsError):
-            path.mkdir(parents=True, exist_ok=folder is not None)
-            with (path / report.CONFIG).open("x", encoding="utf-8") as file:
-                file.write(configs.to_toml(config))
-            return path
-    raise CheckpointError("this folder holds a run already", folder, "Give another folder (--out)")
+def _block_rows(store: View) -> int:
+    """Of the store, whichever sources a run reads: runs on some of them can share an order."""
+    return layout.block_rows(store.chunk_rows, 2 * min(source.width for source in store.header.sources.values()))
 
 
 def _opening(made: Made, path: Path) -> str:
@@ -152,42 +163,29 @@ def _opening(made: Made, path: Path) -> str:
     )
 
 
-def _train(store: View, made: Made, path: Path, log: Log) -> None:
-    config, trainer = made.config, made.trainer
-    identity = {"store": store.header.id, "config": configs.fingerprint(config.model_dump(mode="json"))}
-    device = trainer.idle_L.device
+def _train(store: View, made: Made, training: run.Training) -> None:
+    config, trainer, log = made.config, made.trainer, training.log
     steps = range(trainer.step, config.steps)
     started = time.monotonic()
     with (
-        Loader(store, made.sources, made.order, config.batch, steps, device) as loader,
-        bar("training", "steps", config.steps, quiet=log.quiet) as progress,
+        deferred_stop() as stopping,
+        Loader(store, made.sources, made.order, config.batch, steps, trainer.idle_L.device) as loader,
+        bar("training", "steps", config.steps, quiet=log.quiet, done=trainer.step) as progress,
     ):
         for rows in loader:
-            record = trainer.update(rows.x)
-            last = trainer.step == config.steps
-            logs, saves = (last or trainer.step % every == 0 for every in (config.log.every, config.log.checkpoint))
-            values = _finite(record, trainer.step) if logs or saves else {}
-            if logs:
-                speed = {"rows_s": loader.rows_served / (time.monotonic() - started), "waited_s": loader.waited_s}
-                log.event(
-                    "step", step=trainer.step, epoch=made.order.epoch(trainer.step * config.batch), **values, **speed
-                )
-                progress.set_postfix(_shown(values), refresh=False)
+            seconds = time.monotonic() - started
+            epoch = made.order.epoch((trainer.step + 1) * config.batch)
+            speed = {"rows_s": loader.rows_served / seconds, "waited_s": loader.waited_s}
+            if values := training.update(rows.x, epoch=epoch, **speed):
+                progress.set_postfix(_shown(values, loader.waited_s / seconds), refresh=False)
             progress.update()
-            if saves:
-                checkpoint.save(trainer, path / "checkpoints", identity, config.log.keep)
+            if stopping():
+                training.keep()
+                break
 
 
-def _finite(record: Mapping[str, torch.Tensor], step: int) -> dict[str, float]:
-    """The figures of a step as numbers. Weights behind a loss or gradient that is not finite are not worth keeping."""
-    values = {name: float(value) for name, value in record.items()}
-    for name in ("loss", "gradient"):
-        if not math.isfinite(values[name]):
-            raise TrainingError(f"the {name} is not finite", f"{values[name]} at step {step}", "Lower optimiser.lr")
-    return values
-
-
-def _shown(values: Mapping[str, float]) -> dict[str, str]:
-    """The latest figures behind the bar."""
+def _shown(values: Mapping[str, float], stalled: float) -> dict[str, str]:
+    """The latest figures behind the bar; `stall` is the share of the time that was spent waiting for rows."""
     shown = {"loss": f"{values['loss']:.4g}", "l0": f"{values['l0']:.1f}", "dead": f"{values['dead']:.1%}"}
-    return shown | {name: f"{value:.3f}" for name, value in values.items() if name.startswith("fve/")}
+    shown |= {name: f"{value:.3f}" for name, value in values.items() if name.startswith("fve/")}
+    return shown | {"stall": f"{stalled:.0%}"}

@@ -43,6 +43,10 @@ class Order:
         self._epoch = lru_cache(maxsize=3)(self._make_epoch)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
+    @property
+    def window_rows(self) -> int:
+        return self.window_blocks * self.block_rows
+
     def epoch(self, position: int) -> int:
         return position // self.kept
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from train.dictionary import Dictionary
 from train.fit import fit
 from train.measure import measure
 from train.method import names
+from train.trainer import Trainer
 
 SMALL = [
     "--steps", "4", "--batch", "16", "--threads", "1", "--latents", "32", "--set", "method.k=3", "--device", "cpu",
@@ -93,6 +96,32 @@ def test_flags_are_laid_over_settings_and_settings_over_the_file(store: Store, s
     text = (tmp_path / "r" / "config.toml").read_text()
     assert "seed = 9" in text and "batch = 9" in text and "steps = 2" in text
     assert found.wiring.readers == ("b",) and found.method.model_dump()["k"] == 2
+
+
+def test_a_run_that_is_terminated_says_how_to_go_on_and_goes_on(
+    store: Store, say: Say, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, genuine = tmp_path / "r", Trainer.update
+
+    def update(self: Trainer, x: Any) -> Any:
+        if self.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return genuine(self, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", update)
+        said = say("run", store.path, "--method", "topk", "--wiring", "dedicated", *SMALL, "--out", out)
+    assert said.code == 143 and said.out == ""
+    assert said.err.endswith(f"stopped at step 3; to go on: train resume {out}\nterminated\n")
+    again = say("resume", out)
+    assert again.code == 0 and f"going on with {out} at step 3 of 4" in again.err
+    figures = json.loads((out / "measure.json").read_text())
+    assert again.out.startswith(report.text(figures)) and f"store       {store.path}" in again.out
+    assert figures == json.loads((run / "measure.json").read_text())
+    finished = say("resume", out, "--json")
+    assert json.loads(finished.out) == {"folder": str(out), **figures} and finished.err == ""
+    wrong = say("resume", tmp_path)
+    assert wrong.code == 1 and wrong.err.startswith(f"error: no run here: {tmp_path}. ") and wrong.err.count("\n") == 1
 
 
 def test_measure_gives_the_figures_of_the_run(store: Store, say: Say, run: Path) -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import shutil
+import signal
 import threading
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +17,16 @@ import torch
 from shared import config as configs
 from shared import layout
 from shared.codec import CODECS, Packing
-from shared.errors import CheckpointError, ConfigError, StoreError, TrainingError, WiringError
+from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, TrainingError, WiringError, one_line
 from shared.store import Store
+from tests import cases
 from tests.build import make_store
 from train import checkpoint, report
 from train.config import TrainConfig
 from train.dictionary import Dictionary
-from train.fit import Run, _finite, fit, prepare
+from train.fit import Run, fit, prepare, resume
 from train.measure import measure
+from train.trainer import Trainer
 
 ASKED: dict[str, Any] = {
     "wiring": {"kind": "dedicated", "latents": 32, "exclusive": 4}, "method": {"name": "batch_topk", "k": 3},
@@ -130,7 +134,7 @@ def test_figures_are_those_of_the_saved_dictionary_on_the_store(run: Run, store:
 
 def test_the_last_checkpoint_holds_the_weights_of_the_dictionary(run: Run, store: Store) -> None:
     config = configs.parse(TrainConfig, ASKED)
-    identity = {"store": store.header.id, "config": configs.fingerprint(config.model_dump(mode="json"))}
+    identity = {"store": store.header.id, "seals": store.seals, "config": config.model_dump(mode="json")}
     trainer = prepare(store, config).trainer
     checkpoint.load(trainer, run.folder / "checkpoints" / "step_00000012", identity)
     state = run.dictionary.state_dict()
@@ -238,7 +242,10 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(
         for seed, folder in zip((1, 2), found, strict=True):
             assert f"seed = {seed}\n" in (Path(folder) / "config.toml").read_text()
         mine, other = sorted(map(str, pool.map(run, (3, 4), ("mine", "mine"))))
-    assert (mine, other) == ("mine", "this folder holds a run already: mine. Give another folder (--out)")
+    assert (mine, other) == (
+        "mine",
+        "this folder holds a run already: mine. Give another folder (--out), or: train resume mine",
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,12 +283,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_weights_are_kept(
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
 
 
-def test_a_gradient_that_is_not_finite_is_as_bad() -> None:
-    with pytest.raises(TrainingError, match="the gradient is not finite: nan at step 3"):
-        _finite({"loss": torch.tensor(1.0), "gradient": torch.tensor(float("nan"))}, 3)
-    assert _finite({"loss": torch.tensor(1.0), "gradient": torch.tensor(0.5)}, 3)["gradient"] == 0.5
-
-
 def test_the_store_is_left_as_it_was(store: Store, run: Run, tmp_path: Path) -> None:
     def state() -> dict[str, tuple[int, bytes]]:
         paths = [path for path in store.path.rglob("*") if path.is_file()]
@@ -297,3 +298,132 @@ def test_the_report_is_made_again_from_the_folder_alone(run: Run) -> None:
     (run.folder / "report.html").unlink()
     report.write(run.folder)
     assert (run.folder / "report.html").read_bytes() == page
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log that a break must not change."""
+    timed = {"time", "rows_s", "waited_s", "message"}
+    told = [one for one in events(folder) if one["event"] not in ("resume", "stop")]
+    return [{key: value for key, value in one.items() if key not in timed} for one in told]
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
+    """A signal comes in the middle of this step."""
+    genuine = Trainer.update
+
+    def update(self: Trainer, x: Any) -> Any:
+        if self.step + 1 == step:
+            signal.raise_signal(number)
+        return genuine(self, x)
+
+    monkeypatch.setattr(Trainer, "update", update)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    name: {} if name == "standard" else {"k": 3, "k_start": 6, "k_anneal": 9} for name in cases.names()
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("wiring", ["dedicated", "transcoder"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, wiring: str
+) -> None:
+    asked = {**ASKED, "method": {"name": method, **METHODS[method]}, "wiring": {"kind": wiring, "latents": 32}}
+    whole = fit(store, asked, tmp_path / "whole", quiet=True)
+    for step in (3, 7):  # between checkpoints; again behind the first break
+        with monkeypatch.context() as patch, pytest.raises(Stopped), one_line():
+            stop_at(step, patch)
+            if step == 3:
+                fit(store, asked, tmp_path / "run", quiet=True)
+            resume(tmp_path / "run", quiet=True)
+        kept = checkpoint.steps(tmp_path / "run" / "checkpoints")
+        assert kept[-1].name == f"step_{step:08d}"  # the step was taken, and kept
+    again = resume(tmp_path / "run", store, quiet=True)
+    assert weights(again.folder) == weights(whole.folder) and again.figures == whole.figures
+    assert untimed(again.folder) == untimed(whole.folder)
+    for name in ("config.toml", "store.json", "measure.json", "dictionary/config.json"):
+        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    names = [sorted(path.name for path in run.folder.rglob("*")) for run in (whole, again)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("moment", ["before the first step", "behind the last", "while it is measured", "at the page"])
+def test_a_run_goes_on_from_any_of_its_stages(
+    store: Store, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    class KilledError(BaseException):
+        """Nothing runs behind it but the system's own work."""
+
+    def killed(*given: Any, **named: Any) -> None:
+        raise KilledError
+
+    fits = importlib.import_module("train.fit")
+    places = {
+        "before the first step": (Trainer, "update"), "behind the last": (Dictionary, "save"),
+        "while it is measured": (fits.measure, "measure"), "at the page": (report, "write"),
+    }  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(*places[moment], killed)
+        fit(store, ASKED, tmp_path / "run", quiet=True)
+    again = resume(tmp_path / "run", quiet=True)
+    assert weights(again.folder) == weights(run.folder) and again.figures == run.figures
+    assert untimed(again.folder) == untimed(run.folder)
+
+
+def test_a_finished_run_is_returned_as_it_is(store: Store, tmp_path: Path, run: Run) -> None:
+    mine = Path(shutil.copytree(run.folder, tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in mine.rglob("*")}
+    again = resume(mine, tmp_path / "no store is needed.zarr", quiet=True)
+    assert again.figures == run.figures and before == {path: path.stat().st_mtime_ns for path in mine.rglob("*")}
+    state = run.dictionary.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.dictionary.state_dict().items())
+
+
+@pytest.fixture
+def stopped(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # as in a notebook
+        stop_at(6, patch, signal.SIGINT)
+        fit(store, ASKED, tmp_path / "stopped", quiet=True)
+    return tmp_path / "stopped"
+
+
+def test_a_run_does_not_go_on_with_another_store_or_config(store: Store, stopped: Path, tmp_path: Path) -> None:
+    other = make_store(tmp_path / "other.zarr", rows=300, shard_rows=128, chunk_rows=16, documents=20)
+    with pytest.raises(StoreError, match=r"not the store that the run began on: .*Give the store whose id begins with"):
+        resume(stopped, other, quiet=True)
+    seed = make_store(
+        tmp_path / "seed.zarr", rows=300, shard_rows=256, chunk_rows=16, factor={"a": 2.0}, documents=20, seed=5
+    )
+    assert seed.header.id == store.header.id  # other rows under the same id
+    with pytest.raises(StoreError, match="not the store that the run began on"):
+        resume(stopped, seed, quiet=True)
+    moved = Path(shutil.copytree(store.path, tmp_path / "moved.zarr"))
+    text = (stopped / "config.toml").read_text()
+    (stopped / "config.toml").write_text(text.replace("lr = 0.01", "lr = 0.02"))
+    with pytest.raises(CheckpointError, match=r"these differ: config\.optimiser\.lr: 0\.01 -> 0\.02\. Use its own"):
+        resume(stopped, moved, quiet=True)
+    (stopped / "config.toml").write_text(text)
+    assert resume(stopped, moved, quiet=True).folder == stopped
+
+
+def test_what_is_no_run_does_not_go_on(tmp_path: Path, stopped: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no run here: .*nowhere"):
+        resume(tmp_path / "nowhere", quiet=True)
+    (stopped / "store.json").unlink()
+    with pytest.raises(CheckpointError, match=r"this run was stopped before it began: .*Remove the folder"):
+        resume(stopped, quiet=True)
+    (stopped / "config.toml").write_text("")
+    with pytest.raises(CheckpointError, match=r"no run here: .*missing key: wiring"):
+        resume(stopped, quiet=True)
+
+
+def test_runs_on_other_sources_of_a_store_serve_the_same_rows_in_the_same_order(store: Store) -> None:
+    orders = [
+        prepare(store, configs.parse(TrainConfig, {**ASKED, "seed": seed, "wiring": {"latents": 8, **wiring}})).order
+        for seed, wiring in ((0, {}), (1, {"kind": "autoencoder", "sources": ["b"]}))
+    ]
+    assert np.array_equal(orders[0].rows(0, 900), orders[1].rows(0, 900))
