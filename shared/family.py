@@ -3,7 +3,7 @@
 Letters: N rows, B rows that are asked for, D width of a source.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from shared.errors import StoreError
 from shared.header import Header
 from shared.layout import GROUP
-from shared.shard import Shards
+from shared.shard import Piece, Shards
 from shared.store import Store
 from shared.view import View
 
@@ -172,14 +172,18 @@ class _Both(Shards):
         if split < len(rows_B):
             self._then.take(rows_B[split:] - self._border, out_BD[split:], pool)
 
-    def will_need(self, start: int, stop: int, pool: Executor) -> None:
-        if start < self._border:
-            self._first.will_need(start, min(stop, self._border), pool)
-        if stop > self._border:
-            self._then.will_need(max(start, self._border) - self._border, stop - self._border, pool)
+    def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:
+        one, two = self._split(pieces)
+        self._first.will_need(one, pool)
+        self._then.will_need(two, pool)
 
-    def forget(self, start: int, stop: int) -> None:
-        if start < self._border:
-            self._first.forget(start, min(stop, self._border))
-        if stop > self._border:
-            self._then.forget(max(start, self._border) - self._border, stop - self._border)
+    def forget(self, pieces: Sequence[Piece]) -> None:
+        one, two = self._split(pieces)
+        self._first.forget(one)
+        self._then.forget(two)
+
+    def _split(self, pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
+        border = self._border
+        one = [(start, min(stop, border)) for start, stop in pieces if start < border]
+        two = [(max(start, border) - border, stop - border) for start, stop in pieces if stop > border]
+        return one, two

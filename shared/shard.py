@@ -4,6 +4,7 @@ Letters: S rows of a shard, C rows of a chunk, B rows that are asked for, D widt
 """
 
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -11,7 +12,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +31,11 @@ LINUX = sys.platform == "linux"
 THREADS = len(os.sched_getaffinity(0)) if LINUX else os.cpu_count() or 1  # encode or decode; codecs let go of the GIL
 NO_RESERVE = 0x4000 if LINUX else 0  # MAP_NORESERVE: asking for space that is never written is not refused
 
-_libc = ctypes.CDLL(None)
+POPULATE_READ = 22  # MADV_POPULATE_READ, which the mmap module has no name for
+
+Piece = tuple[int, int]  # rows [start, stop)
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,11 @@ class Shards(ABC):
         """
 
     @abstractmethod
-    def will_need(self, start: int, stop: int, pool: Executor) -> None:
-        """Have rows `start` to `stop` fetched, in the background; each time until the same rows are forgotten."""
+    def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:
+        """Have these rows fetched, in the background; each time until the same rows are forgotten."""
 
     @abstractmethod
-    def forget(self, start: int, stop: int) -> None:
+    def forget(self, pieces: Sequence[Piece]) -> None:
         """Give back the memory of rows that were asked for."""
 
 
@@ -121,35 +126,59 @@ class Raw(Form):
 
 
 class RawShards(Shards):
-    """Memory maps; the kernel fetches and forgets."""
+    """Memory maps; the kernel fetches and forgets.
+
+    Pages that were asked for are in the map before their rows are taken, as a rule: so a page that is lost (the file is
+    shorter than it was) is an error and not the end of the process, and no row waits for a page fault.
+    """
 
     def __init__(self, form: Raw, found: Files) -> None:
         self._form, self._files = form, found
         self._maps: dict[int, np.ndarray] = {}  # two threads may map one shard: either map will do
+        self._lost: StoreDamagedError | None = None
 
     def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
+        if self._lost is not None:
+            raise self._lost
         shard_B, local_B = np.divmod(rows_B, self._form.shard_rows)
         for start, stop in _runs(shard_B):
             # The default mode, "raise", gathers into a temporary array first.
             np.take(self._map(int(shard_B[start])), local_B[start:stop], axis=0, out=out_BD[start:stop], mode="clip")
 
-    def will_need(self, start: int, stop: int, pool: Executor) -> None:
-        self._advise(start, stop, mmap.MADV_WILLNEED)
+    def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:
+        if pieces:
+            pool.submit(self._fetch, pieces)
 
-    def forget(self, start: int, stop: int) -> None:
-        self._advise(start, stop, mmap.MADV_DONTNEED)
+    def _fetch(self, pieces: Sequence[Piece]) -> None:
+        for shard, rows_ND in self._parts(pieces):
+            if not _fetched(rows_ND):
+                self._lost = _shorter(self._files.path(shard))
 
-    def _advise(self, start: int, stop: int, advice: int) -> None:
+    def forget(self, pieces: Sequence[Piece]) -> None:
+        for _, rows_ND in self._parts(pieces):
+            _madvise(rows_ND, mmap.MADV_DONTNEED)
+
+    def _parts(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, np.ndarray]]:
+        """(shard, its mapped rows) of pieces, one for every shard that they reach into."""
         size = self._form.shard_rows
-        for shard in range(start // size, -(-stop // size)):
-            _madvise(self._map(shard)[max(start - shard * size, 0) : stop - shard * size], advice)
+        for start, stop in pieces:
+            for shard in range(start // size, -(-stop // size)):
+                yield shard, self._map(shard)[max(start - shard * size, 0) : stop - shard * size]
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
             rows = min(self._form.shard_rows, self._files.rows - shard * self._form.shard_rows)
-            mapped = np.memmap(self._files.path(shard), self._form.dtype, "r", shape=(rows, self._form.width))
+            try:
+                mapped = np.memmap(self._files.path(shard), self._form.dtype, "r", shape=(rows, self._form.width))
+            except ValueError:  # it was as long as it should be when the store was opened
+                raise _shorter(self._files.path(shard)) from None
             self._maps[shard] = np.asarray(mapped)
         return self._maps[shard]
+
+
+def _shorter(path: Path) -> StoreDamagedError:
+    way_out = "See harvest verify; harvest repair makes what is damaged again"
+    return StoreDamagedError("a file became shorter while it was read", path, way_out)
 
 
 def _runs(of_B: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -158,11 +187,20 @@ def _runs(of_B: np.ndarray) -> Iterator[tuple[int, int]]:
     return pairwise(edges)
 
 
-def _madvise(rows_ND: np.ndarray, advice: int) -> None:
-    """madvise(2) on the pages of mapped rows. mmap.madvise would hold the GIL while the kernel queues the reads."""
+def _fetched(rows_ND: np.ndarray) -> bool:
+    """Read the pages of mapped rows and map them; false where one is behind the end of its file."""
+    found = _madvise(rows_ND, POPULATE_READ) if LINUX else errno.EINVAL
+    if found == errno.EINVAL:  # a kernel before 5.14: the reads are queued, and nothing is known
+        _madvise(rows_ND, mmap.MADV_WILLNEED)
+    return found != errno.EFAULT
+
+
+def _madvise(rows_ND: np.ndarray, advice: int) -> int:
+    """madvise(2) on the pages of mapped rows; 0 or errno. mmap.madvise would hold the GIL while the kernel reads."""
     address = rows_ND.ctypes.data
     start = address - address % mmap.PAGESIZE
-    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + rows_ND.nbytes - start), advice)
+    size = ctypes.c_size_t(address + rows_ND.nbytes - start)
+    return ctypes.get_errno() if _libc.madvise(ctypes.c_void_p(start), size, advice) else 0
 
 
 class Packed(Form):
@@ -228,7 +266,7 @@ class PackedShards(Shards):
         finally:
             with self._lock:
                 self._taken_X[kept_X] -= 1
-                self._tidy(kept_X)
+                self._tidy(kept_X.tolist())
 
     def _take_others(
         self, at: np.ndarray, chunk_B: np.ndarray, local_B: np.ndarray, out_BD: np.ndarray, pool: Executor
@@ -242,33 +280,34 @@ class PackedShards(Shards):
 
         return [pool.submit(once, at[start:stop]) for start, stop in _runs(chunk_B[at])]
 
-    def will_need(self, start: int, stop: int, pool: Executor) -> None:
-        for chunk in range(*self._chunks(start, stop)):
+    def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:
+        for chunk in self._chunks(pieces):
             with self._lock:
                 if self._asked_X[chunk] + self._taken_X[chunk] == 0 and chunk not in self._pending:
                     self._pending[chunk] = pool.submit(self._fetch, chunk)
                 self._asked_X[chunk] += 1
 
-    def forget(self, start: int, stop: int) -> None:
-        chunks_X = np.arange(*self._chunks(start, stop))
+    def forget(self, pieces: Sequence[Piece]) -> None:
         with self._lock:
-            chunks_X = chunks_X[self._asked_X[chunks_X] > 0]
-            self._asked_X[chunks_X] -= 1
-            self._tidy(chunks_X)
+            for chunk in self._chunks(pieces):
+                if self._asked_X[chunk] > 0:
+                    self._asked_X[chunk] -= 1
+                    self._tidy([chunk])
 
-    def _chunks(self, start: int, stop: int) -> tuple[int, int]:
-        return start // self._form.chunk_rows, -(-stop // self._form.chunk_rows)
+    def _chunks(self, pieces: Sequence[Piece]) -> Iterator[int]:
+        for start, stop in pieces:
+            yield from range(start // self._form.chunk_rows, -(-stop // self._form.chunk_rows))
 
     def _fetch(self, chunk: int) -> None:
         self._decode(chunk, self._kept_ND[chunk * self._stride :][: self._form.chunk_rows])
         with self._lock:
             del self._pending[chunk]
-            self._tidy(np.array([chunk]))  # it may have been forgotten meanwhile
+            self._tidy([chunk])  # it may have been forgotten meanwhile
 
-    def _tidy(self, chunks_X: np.ndarray) -> None:
+    def _tidy(self, chunks: Iterable[int]) -> None:
         """Drop those of these chunks that nobody wants. Called with the lock held."""
-        for chunk in chunks_X[self._asked_X[chunks_X] + self._taken_X[chunks_X] == 0].tolist():
-            if chunk not in self._pending:
+        for chunk in chunks:
+            if self._asked_X[chunk] + self._taken_X[chunk] == 0 and chunk not in self._pending:
                 self._drop(chunk)
 
     def _drop(self, chunk: int) -> None:

@@ -11,14 +11,14 @@ import numpy as np
 
 from shared import layout
 from shared.errors import StoreError
-from shared.shard import THREADS
+from shared.shard import THREADS, Piece
 from shared.view import View
 
 SPARE_FILES = 256  # descriptors left to the rest of the process
 
 
 class Reader:
-    """Rows of some sources of a store: from its memory maps, or from chunks that threads of its own decode ahead.
+    """Rows of some sources of a store: from memory maps that threads of its own fill, or chunks they decode, ahead.
 
     Safe to use from several threads.
 
@@ -32,7 +32,7 @@ class Reader:
         self.dtype = np.dtype(layout.DTYPES[store.header.plan["dtype"]])
         _allow_files(len(self.widths) * store.shards)
         self._sources = {name: store.activations(name) for name in self.widths}
-        self._pool = ThreadPoolExecutor(THREADS, "granary-decode")  # without a thread where nothing is packed
+        self._pool = ThreadPoolExecutor(THREADS, "granary-fetch")
 
     def gather(self, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> np.ndarray:
         """Fill `out` {source: [B, width]} with these rows, in file order. Returns the rows in that order.
@@ -58,15 +58,16 @@ class Reader:
 
         What is packed is decoded, and kept until it was forgotten as many times as it was asked for.
         """
-        for start in starts.tolist():
-            for source in self._sources.values():
-                source.will_need(start, min(start + length, self.store.rows), self._pool)
+        for source in self._sources.values():
+            source.will_need(self._pieces(starts, length), self._pool)
 
     def forget(self, starts: np.ndarray, length: int) -> None:
         """Give back the memory of the `length` rows from each of `starts`; the kernel may keep them in its cache."""
-        for start in starts.tolist():
-            for source in self._sources.values():
-                source.forget(start, min(start + length, self.store.rows))
+        for source in self._sources.values():
+            source.forget(self._pieces(starts, length))
+
+    def _pieces(self, starts: np.ndarray, length: int) -> list[Piece]:
+        return [(start, min(start + length, self.store.rows)) for start in starts.tolist()]
 
     def close(self) -> None:
         """Stop the threads and drop the shards; each is closed with its last reference."""

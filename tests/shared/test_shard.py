@@ -1,5 +1,6 @@
 """Whatever was asked for and forgotten, and by whatever threads, a shard gives the rows that were written."""
 
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def test_any_rows_are_what_was_written_whatever_was_asked_for_and_forgotten(
     source, rows_B = written.open(), np.array(rows, np.int64)
     for needed, start, length in asked:
         stop = min(start + length, ROWS)
-        source.will_need(start, stop, pool) if needed else source.forget(start, stop)
+        source.will_need([(start, stop)], pool) if needed else source.forget([(start, stop)])
         for some_B in (rows_B, np.sort(rows_B)):
             assert taken(source, some_B, written.rows_ND, pool) == written.rows_ND[some_B].tobytes()
 
@@ -105,10 +106,10 @@ def test_threads_that_ask_take_and_forget_at_once_see_the_same_rows(written: Wri
             start = chance.randrange(ROWS)
             stop = chance.randrange(start, ROWS) + 1
             rows_B = np.array(sorted(chance.choices(range(ROWS), k=9)))
-            source.will_need(start, stop, pool)
+            source.will_need([(start, stop)], pool)
             if (found := taken(source, rows_B, written.rows_ND, pool)) != written.rows_ND[rows_B].tobytes():
                 wrong.append(found)
-            source.forget(start, stop)
+            source.forget([(start, stop)])
 
     with ThreadPoolExecutor(2) as pool:
         threads = [threading.Thread(target=work, args=(seed, pool)) for seed in range(4)]
@@ -133,16 +134,16 @@ def test_a_packed_chunk_takes_memory_from_its_first_asking_to_its_last_forgettin
     before = resident()
     for asked in (1, 2):
         with ThreadPoolExecutor(1) as pool:
-            source.will_need(0, rows, pool)
+            source.will_need([(0, rows)], pool)
             source.take(last, np.empty((1, width), np.float16), pool)
         assert resident() - before > 30 * 1024, asked
-    source.forget(0, rows)
+    source.forget([(0, rows)])
     assert resident() - before > 30 * 1024  # it was asked for twice
-    source.forget(0, rows)
+    source.forget([(0, rows)])
     assert resident() - before < 4 * 1024
     with ThreadPoolExecutor(1) as pool:
-        source.will_need(0, rows, pool)
-        source.forget(0, rows)  # most of it before it is decoded
+        source.will_need([(0, rows)], pool)
+        source.forget([(0, rows)])  # most of it before it is decoded
     assert resident() - before < 4 * 1024
 
 
@@ -171,7 +172,7 @@ def test_damage_is_one_error_that_names_the_file(
     damage(made.path(1))
     source = made.open()
     if ahead:
-        source.will_need(0, ROWS, pool)
+        source.will_need([(0, ROWS)], pool)
     told = f"a packed shard cannot be read: {made.path(1)}, {what}. See harvest verify"
     for _ in range(2):
         with pytest.raises(StoreDamagedError, match=told):
@@ -217,14 +218,28 @@ def test_what_is_being_taken_stays_however_often_it_is_forgotten(tmp_path: Path,
 
     source._decode = slow  # type: ignore[method-assign]
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as consumer:
-        source.will_need(0, CHUNK, pool)
+        source.will_need([(0, CHUNK)], pool)
         assert decoding.wait(60)
         found = consumer.submit(taken, source, rows_B, made.rows_ND, pool)
         while not source._taken_X[0]:  # it has seen that the chunk is on its way, and waits for it
             pass
         for _ in range(3):
-            source.forget(0, CHUNK)
-        source.will_need(0, CHUNK, pool)  # it is there: nobody writes where the other one reads
-        source.forget(0, CHUNK)
+            source.forget([(0, CHUNK)])
+        source.will_need([(0, CHUNK)], pool)  # it is there: nobody writes where the other one reads
+        source.forget([(0, CHUNK)])
         go.set()
         assert found.result(60) == made.rows_ND[rows_B].tobytes()
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["before it is mapped", "behind"])
+def test_a_file_that_becomes_shorter_is_an_error_and_not_the_end_of_the_process(tmp_path: Path, opened: bool) -> None:
+    made = write(FORMS["raw"], tmp_path)
+    source, rows_B = made.open(), np.arange(ROWS)
+    with ThreadPoolExecutor(1) as one:
+        if opened:
+            assert taken(source, rows_B, made.rows_ND, one) == made.rows_ND.tobytes()
+        os.truncate(made.path(1), 0)
+        source.will_need([(0, ROWS)], one)
+        one.submit(int).result()  # what was asked for before it has been done
+        with pytest.raises(StoreDamagedError, match=rf"a file became shorter while it was read: {made.path(1)}\. "):
+            taken(source, rows_B, made.rows_ND, one)
