@@ -1,6 +1,7 @@
 """The order of rows: promises over all cases, and tiny exact numbers."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -176,3 +177,45 @@ def test_the_open_window_begins_at_its_first_block_and_holds_the_row_at_the_posi
     assert opened % order.blocks % order.window_blocks == 0
     window = order.starts(opened, min(opened + order.window_blocks, (order.epoch(position) + 1) * order.blocks))
     assert (order.rows(position, position + 1) // order.block_rows * order.block_rows)[0] in window
+
+
+DOCUMENTS, LENGTH = 2000, 100
+
+
+def shuffled(seed: int = 0) -> tuple[Order, int]:
+    """An order over 2,000 documents of a block each, 5 % of the rows in a window; and a batch."""
+    return Order(np.ones(DOCUMENTS * LENGTH, bool), LENGTH, DOCUMENTS // 20, seed), 512
+
+
+def histograms(rows: Iterable[np.ndarray]) -> np.ndarray:
+    """How many rows of each document every batch has, [batches, documents]."""
+    return np.stack([np.bincount(one // LENGTH, minlength=DOCUMENTS) for one in rows])
+
+
+def test_a_row_meets_as_many_rows_of_its_document_as_the_formula_says() -> None:
+    order, batch = shuffled()
+    counts = histograms(order.step(step, batch) for step in range(order.kept // batch))
+    found = (counts * (counts - 1)).sum() / counts.sum()
+    assert found == pytest.approx(companions(batch, order.block_rows, order.window_rows), rel=0.1)
+
+
+def test_every_batch_is_a_draw_of_its_window_and_its_neighbour_tells_nothing_of_it() -> None:
+    """Counts of documents vary as those of a draw without replacement (hypergeometric), in one batch and from batch to
+    batch. Rows in file order do neither."""
+    order, batch = shuffled()
+    inside, blocks, rows = order.window_rows // batch, order.window_blocks, order.window_rows
+    share = 1 / blocks  # a document is a block here
+    variance = batch * share * (1 - share) * (rows - batch) / (rows - 1)
+
+    def spread(counts: np.ndarray) -> tuple[float, float]:
+        """The variance of the counts over that of a draw, and their correlation with those of the batch before."""
+        off = counts - batch * share
+        return float((off**2).mean() / variance), float((off[1:] * off[:-1]).mean() / (off**2).mean())
+
+    found = [
+        spread(histograms(made.step(step, batch) for step in range(inside))[:, made.starts(0, blocks) // LENGTH])
+        for made in (shuffled(seed)[0] for seed in range(5))
+    ]
+    assert np.mean(found, 0) == pytest.approx((1.0, -batch / (rows - batch)), abs=0.05)
+    in_file_order = histograms(np.arange(n * batch, (n + 1) * batch) for n in range(inside))[:, :blocks]
+    assert spread(in_file_order)[0] > 10
