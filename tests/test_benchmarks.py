@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import harvest, memory, put
+from tests.benchmarks import harvest, loader, memory, put
 
 
 def said(
@@ -30,6 +30,14 @@ def test_memory_is_told_by_phase_and_rows(monkeypatch: pytest.MonkeyPatch, capfd
     told = said(memory.main, ["300"], monkeypatch, capfd)
     assert re.search(r"peak, MB +300 rows +1,200 rows +4,800 rows", told)
     assert len(re.findall(r"\n(?:read the corpus|plan|make units), (?:anonymous|of files)(?: +[\d.-]+){4}", told)) == 6
+
+
+def test_the_loader_is_compared_with_what_people_do_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = said(loader.main, ["8", "64", "2", "2"], monkeypatch, capfd)
+    assert len(re.findall(r"\nratio +[\d.]+ ", told)) == 3 and "limit 20" in told and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

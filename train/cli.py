@@ -88,7 +88,7 @@ def resume(
     Example: train resume runs/dedicated-batch_topk-16384
     """
     folder = _run_folder(run_folder)
-    made = going_on(folder, _opened(cache, below, as_json) if cache else None, quiet=as_json)
+    made = going_on(folder, _opened(cache, below, as_json) if cache else None)
     _tell(made, cache or _own_store(folder), as_json)
 
 

@@ -15,7 +15,7 @@ from shared.log import Log, bar
 from shared.view import View
 from train import checkpoint, dictionary, measure, report, run, scale, wiring
 from train.config import TrainConfig
-from train.filter import kept_rows, require_rows
+from train.filter import Kept, kept_rows, require_rows
 from train.loader import Loader
 from train.order import Order, companions, default_window_blocks
 from train.trainer import Trainer
@@ -135,7 +135,7 @@ def prepare(store: View, config: TrainConfig, fresh: bool = True) -> Made:
     measure.require_held_out(store, config.rows)  # the figures come last, and must not fail then
     kept = kept_rows(store, config.rows)
     require_rows(kept)
-    order = Order(kept.kept_N, _block_rows(store), default_window_blocks(config.batch), config.rows.seed)
+    order = order_of(store, kept, config.batch, config.rows.seed)
     if config.batch > order.kept:
         value = f"{config.batch:,} > {order.kept:,}"
         raise ConfigError("the batch is larger than the rows that are kept", value, "Lower batch, or harvest more rows")
@@ -147,9 +147,10 @@ def prepare(store: View, config: TrainConfig, fresh: bool = True) -> Made:
     return Made(config, Trainer(made.to(device), list(terms), config), order, sources, kept.dropped)
 
 
-def _block_rows(store: View) -> int:
-    """Of the store, whichever sources a run reads: runs on some of them can share an order."""
-    return layout.block_rows(store.chunk_rows, 2 * min(source.width for source in store.header.sources.values()))
+def order_of(store: View, kept: Kept, batch: int, seed: int) -> Order:
+    """The order of these rows. Its blocks are those of the store, whichever sources a run reads: runs can share it."""
+    block_rows = layout.block_rows(store.chunk_rows, 2 * min(source.width for source in store.header.sources.values()))
+    return Order(kept.kept_N, block_rows, default_window_blocks(batch), seed)
 
 
 def _opening(made: Made, path: Path) -> str:
@@ -169,7 +170,7 @@ def _train(store: View, made: Made, training: run.Training) -> None:
     started = time.monotonic()
     with (
         deferred_stop() as stopping,
-        Loader(store, made.sources, made.order, config.batch, steps, trainer.idle_L.device) as loader,
+        Loader(store, made.sources, made.order, config.batch, steps, trainer.idle_L.device, reuse=True) as loader,
         bar("training", "steps", config.steps, quiet=log.quiet, done=trainer.step) as progress,
     ):
         for rows in loader:

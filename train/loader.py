@@ -28,13 +28,19 @@ class Rows:
 
 
 class _Slot:
-    """The buffers of one batch, in the store's type. With CUDA pinned; `read` says when the device has read them."""
+    """The buffers of one batch, in the store's type. With CUDA pinned; `read` says when the device has read them.
 
-    def __init__(self, widths: dict[str, int], dtype: torch.dtype, batch: int, device: torch.device) -> None:
+    `floats` are what a CPU hands out again and again, where it may.
+    """
+
+    def __init__(
+        self, widths: dict[str, int], dtype: torch.dtype, batch: int, device: torch.device, reuse: bool
+    ) -> None:
         cuda = device.type == "cuda"
         self.x = {name: torch.empty(batch, width, dtype=dtype, pin_memory=cuda) for name, width in widths.items()}
         self.arrays = {name: layout.stored(x_BD) for name, x_BD in self.x.items()}
         self.read = torch.cuda.Event(blocking=True) if cuda else None
+        self.floats = {name: torch.empty(x_BD.shape) for name, x_BD in self.x.items()} if reuse and not cuda else {}
 
 
 class Loader:
@@ -44,12 +50,13 @@ class Loader:
         |------------------- threads, at most `slots` batches ahead -----------------------------|
 
     Used as a context manager, or closed by close(). An error in a thread ends the iteration with its own traceback.
-    `waited_s` is how long the consumer waited; `bytes_served` counts what was read from the store.
+    `waited_s` is how long the consumer waited; `bytes_served` counts what was read from the store. With `reuse` a batch
+    holds until the next one is asked for: fresh memory for each takes a CPU longer than its rows.
     """
 
     def __init__(
         self, store: View, sources: list[str], order: Order, batch: int, steps: range, device: torch.device,
-        threads: int = 1, slots: int = 4, rank: int = 0, world: int = 1,
+        threads: int = 1, slots: int = 4, rank: int = 0, world: int = 1, reuse: bool = False,
     ) -> None:  # fmt: skip
         assert batch > 0 and threads > 0 and slots > 0 and len(order.kept_N) == store.rows
         self.order, self.batch, self.device, self.rank, self.world = order, batch, device, rank, world
@@ -63,14 +70,19 @@ class Loader:
         self._flying: deque[tuple[Future[Rows], _Slot]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="granary-loader")
         for _ in range(min(slots, len(steps))):
-            self._launch(_Slot(self._reader.widths, store.dtype, batch, device))
+            self._launch(_Slot(self._reader.widths, store.dtype, batch, device, reuse))
 
     def __iter__(self) -> Iterator[Rows]:
         while self._flying:
-            yield self._next()
+            rows, slot = self._next()
+            if not slot.floats:
+                self._launch(slot)
+            yield rows
+            if slot.floats:
+                self._launch(slot)
 
     def close(self) -> None:
-        """Stop and join the threads, and drop the maps. Batches that were handed out stay valid."""
+        """Stop and join the threads, and drop the maps. Batches that were handed out hold."""
         self._flying.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
@@ -89,14 +101,13 @@ class Loader:
         if step is not None:
             self._flying.append((self._pool.submit(self._load, step, slot), slot))
 
-    def _next(self) -> Rows:
+    def _next(self) -> tuple[Rows, _Slot]:
         future, slot = self._flying.popleft()
         rows = self._wait(future)
         self._hand_over(rows, slot)
-        self._launch(slot)
         self.rows_served += self.batch
         self.bytes_served += sum(x_BD.nbytes for x_BD in slot.arrays.values())
-        return rows
+        return rows, slot
 
     def _wait(self, future: Future[Rows]) -> Rows:
         began = time.perf_counter()
@@ -150,7 +161,10 @@ class Loader:
         """Copies on the device, cast there, so that half the bytes travel."""
         with self._copying():
             here = {name: x_BD.to(self.device, non_blocking=self._stream is not None) for name, x_BD in slot.x.items()}
-            x = {name: x_BD.float().mul_(self._factors[name]) for name, x_BD in here.items()}
+            x = {name: slot.floats[name].copy_(x_BD) if slot.floats else x_BD.float() for name, x_BD in here.items()}
+            for name, x_BD in x.items():
+                if self._factors[name] != 1.0:
+                    x_BD.mul_(self._factors[name])
             if slot.read is not None:
                 slot.read.record()
         return x

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from itertools import islice
@@ -87,6 +88,24 @@ def test_a_batch_that_was_handed_out_never_changes(store: Store, order: Order, d
         copy = first.x["a"].clone()
         rest = [rows.x["a"] + 1 for rows in loader]
         assert len(rest) == 11 and torch.equal(first.x["a"], copy)
+
+
+@every_device
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_reused_memory_holds_the_same_batches_each_until_the_next(
+    store: Store, order: Order, device: torch.device, slots: int
+) -> None:
+    steps = range(30)
+    with (
+        Loader(store, ["a", "b"], order, BATCH, steps, device) as fresh,
+        Loader(store, ["a", "b"], order, BATCH, steps, device, 3, slots, reuse=True) as reusing,
+    ):
+        places = set()
+        for left, right in zip(reusing, fresh, strict=True):
+            time.sleep(0.001)  # threads that fill what is still in use have time to do so
+            assert equal(left, right)
+            places.add(left.x["a"].data_ptr())
+    assert device.type == "cuda" or len(places) == slots
 
 
 @given(st.integers(0, 30), st.integers(1, 150), st.integers(1, 3))
