@@ -48,11 +48,9 @@ def fit(
         with run.held(path):
             files.write_json(path / report.STORE, run.origin(opened, made.sources))
             with Log(path / report.METRICS, quiet) as log:
-                mixing = companions(
-                    asked.batch, made.order.block_rows, made.order.window_blocks * made.order.block_rows
-                )
-                dropped = {"dropped": made.dropped, "kept": made.order.kept, "companions": mixing}
-                log.event("start", _opening(made, path), **dropped)
+                mixing = companions(asked.batch, made.order.block_rows, made.order.window_rows)
+                kept = {"dropped": made.dropped, "kept": made.order.kept, "companions": mixing}
+                log.event("start", _opening(made, path), **kept)
                 return _finish(opened, made, run.Training(path, asked, made.trainer, opened, log))
 
 
@@ -75,7 +73,7 @@ def resume(folder: str | Path, store: View | str | Path | None = None, quiet: bo
             return Run(path, dictionary.Dictionary.load(path), files.read_json(path / report.MEASURE))
         place = began["path"] if store is None else store
         opened = open_family(place) if isinstance(place, str | Path) else place
-        if (opened.header.id, opened.seals) != (began["id"], began["seals"]):
+        if (opened.header.id, opened.seals) != (began["id"], began.get("seals")):
             way_out = f"Give the store whose id begins with {began['id'][:12]}, as it was"
             raise StoreError("this is not the store that the run began on", opened.path, way_out)
         made = prepare(opened, asked, fresh=not checkpoint.steps(path / run.CHECKPOINTS))
