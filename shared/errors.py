@@ -144,7 +144,8 @@ def one_line() -> Iterator[None]:
 def deferred_stop() -> Iterator[Callable[[], bool]]:
     """SIGINT and SIGTERM take their usual course at the end of the block, which asks meanwhile whether one has come.
 
-    A second one takes it at once. In another thread than the main one signals do not arrive, and nothing changes.
+    A second one takes it at once. What is ignored (SIGINT, of a job in the background) stays so. In another thread than
+    the main one signals do not arrive, and nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -159,7 +160,10 @@ def deferred_stop() -> Iterator[Callable[[], bool]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in usual.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, note)
     try:
         yield lambda: bool(came)
     finally:

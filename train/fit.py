@@ -90,7 +90,8 @@ def _finish(store: View, made: "Made", training: run.Training) -> Run:
     """Train to the end, measure and report."""
     log, path, asked = training.log, training.folder, made.config
     try:
-        _train(store, made, training)
+        while not training.finished:  # a stop may be one that its handler does not mind
+            _train(store, made, training)
         trained = made.trainer.dictionary.eval()
         trained.save(path / "dictionary")
         figures = measure.measure(trained, store, asked.log.measure_rows, asked.rows, log.quiet)

@@ -385,10 +385,28 @@ def test_a_finished_run_is_returned_as_it_is(store: Store, tmp_path: Path, run: 
 
 @pytest.fixture
 def stopped(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # as in a notebook
-        stop_at(6, patch, signal.SIGINT)
-        fit(store, ASKED, tmp_path / "stopped", quiet=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a notebook
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at(6, patch, signal.SIGINT)
+            fit(store, ASKED, tmp_path / "stopped", quiet=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     return tmp_path / "stopped"
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None], ids=["ignored", "not minded"])
+def test_a_signal_that_nobody_minds_stops_no_run(
+    store: Store, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: Any
+) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        stop_at(6, monkeypatch, signal.SIGINT)
+        again = fit(store, ASKED, tmp_path / "run", quiet=True)
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert weights(again.folder) == weights(run.folder) and again.figures == run.figures
 
 
 def test_a_run_does_not_go_on_with_another_store_or_config(store: Store, stopped: Path, tmp_path: Path) -> None:
