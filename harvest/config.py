@@ -77,9 +77,10 @@ class CorpusConfig(Config):
 
     @model_validator(mode="after")
     def _streams(self) -> "CorpusConfig":
-        if self.stream and (self.path == BUILT_IN or Path(self.path).suffix in SUFFIXES):
+        of_file = self.path == BUILT_IN or Path(self.path).suffix in SUFFIXES
+        if of_file and self.stream:
             raise ValueError("A file is read as it is: leave out stream")
-        if (self.name or self.revision) and (self.path == BUILT_IN or Path(self.path).suffix in SUFFIXES):
+        if of_file and (self.name or self.revision):
             raise ValueError("A file has no configurations and no revisions: leave out name and revision")
         return self
 

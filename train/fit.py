@@ -1,4 +1,4 @@
-"""A run: one loader feeds the trainer; when to log, to checkpoint and to measure is decided here."""
+"""A run from store to report, from its beginning or its last checkpoint: one loader feeds the trainer."""
 
 import time
 from collections.abc import Mapping
