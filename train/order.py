@@ -137,8 +137,15 @@ class _Epoch:
 
 
 def permutation(key: int, n: int) -> np.ndarray:
-    """A permutation of range(n) that depends on `key` alone, not on the version of any library."""
-    return np.argsort(splitmix64(key, np.arange(n)), kind="stable")
+    """A permutation of range(n), int64, that depends on `key` alone, not on the version of any library.
+
+    The numbers stand in the low bits of their own random numbers: sorting values takes a tenth of the time of argsort.
+    """
+    index = np.arange(n, dtype=np.uint64)
+    low = np.uint64((1 << max(n - 1, 0).bit_length()) - 1)
+    mixed = splitmix64(key, index) & ~low | index
+    mixed.sort()
+    return (mixed & low).view(np.int64)
 
 
 def splitmix64(key: int, index: np.ndarray) -> np.ndarray:

@@ -4,19 +4,21 @@ python -m tests.benchmarks.loader [megabytes] [width] [sources] [threads]
 
 memory    the same rows of arrays in memory: index_select in as many threads, and the same cast to float32
 copy      a copy of as many bytes within memory
-torch     a DataLoader of two worker processes over a memory-mapped dataset, a row a call, shuffle=True
+torch     a DataLoader of two worker processes over a memory-mapped dataset, a row a call, shuffled
+
+Each way does all of its work while it is timed: slots that the loader had filled before are filled again at the end.
 """
 
 import itertools
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from shared.store import Store
 from tests.benchmarks.pairs import interleaved, report
@@ -26,7 +28,7 @@ from train.fit import order_of
 from train.loader import Loader
 from train.order import Order
 
-BATCH, BATCHES, ROWWISE = 4096, 96, 2  # the last: batches of what takes a row a call
+BATCH, BATCHES, ROWWISE = 4096, 96, 12  # the last: batches of what takes a row a call
 LIMITS = {"memory": 0.9, "torch": 20.0}
 SLOTS = 4
 
@@ -49,14 +51,15 @@ def compare(store: Store, order: Order, threads: int) -> None:
     row_bytes = 2 * sum(widths.values())
     size = BATCH * BATCHES * row_bytes / 1e9
     title = f"{store.rows:,} rows of {' + '.join(map(str, widths.values()))}, {order.kept:,} kept"
-    begun = itertools.count(0, BATCHES)
-    rows = [torch.from_numpy(np.sort(order.step(step, BATCH))) for step in range(BATCHES)]
+    rows = [torch.from_numpy(order.step(step, BATCH)) for step in range(BATCHES)]
+    steps = range(10**6)  # the rest are never served
+    endless = Loader(store, names, order, BATCH, steps, torch.device("cpu"), threads, SLOTS, reuse=True)
+    batches = iter(endless)
 
     def loaded() -> None:
-        steps = range(start := next(begun), start + BATCHES)
-        with Loader(store, names, order, BATCH, steps, torch.device("cpu"), threads, SLOTS, reuse=True) as loader:
-            for _ in loader:
-                pass
+        for _ in itertools.islice(batches, BATCHES):
+            pass
+        wait([one for one, _ in endless._flying])  # as full as at the beginning
 
     def in_memory() -> None:
         free = [
@@ -84,12 +87,13 @@ def compare(store: Store, order: Order, threads: int) -> None:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(one, starts))
 
-    both = interleaved(loaded, in_memory, ("loader", "in memory"))
-    report(f"{title}; {threads} threads, float32", *both, size, "GB", LIMITS["memory"])
-    report("", *interleaved(loaded, copied, ("loader", "copy")), size, "GB", 0.0)
-    ours, theirs = interleaved(loaded, rowwise(store, order, names), ("loader", "torch, a row a call"))
-    scaled = [seconds * BATCHES / ROWWISE for seconds in theirs.seconds]
-    report("", ours, type(theirs)(theirs.name, scaled, scaled), size, "GB", LIMITS["torch"])
+    with endless:
+        ours, theirs = interleaved(loaded, in_memory, ("loader", "in memory"))
+        report(f"{title}; {threads} threads, float32", ours, theirs, size, "GB", LIMITS["memory"])
+        report("", *interleaved(loaded, copied, ("loader", "copy")), size, "GB", 0.0)
+        ours, theirs = interleaved(loaded, rowwise(store, order, names), ("loader", "torch, a row a call"))
+        scaled = [seconds * BATCHES / ROWWISE for seconds in theirs.seconds]
+        report("", ours, type(theirs)(theirs.name, scaled, scaled), size, "GB", LIMITS["torch"])
 
 
 class PerRow(Dataset[dict[str, torch.Tensor]]):
@@ -109,12 +113,12 @@ class PerRow(Dataset[dict[str, torch.Tensor]]):
 
 
 def rowwise(store: Store, order: Order, names: list[str]) -> Callable[[], None]:
-    loader = DataLoader(PerRow(store, order, names), BATCH, shuffle=True, num_workers=2)
-    batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+    data = PerRow(store, order, names)
+    loader = DataLoader(data, BATCH, sampler=RandomSampler(data, num_samples=ROWWISE * BATCH), num_workers=2)
 
     def serve() -> None:
-        for _ in range(ROWWISE):
-            next(batches)
+        for _ in loader:
+            pass
 
     return serve
 
