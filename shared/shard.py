@@ -52,7 +52,7 @@ class Shards(ABC):
 
     @abstractmethod
     def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
-        """Fill `out_BD` with these rows as they were stored. Quickest where they ascend.
+        """Fill `out_BD` with these rows, which ascend, as they were stored.
 
         Raises StoreDamagedError where a packed chunk cannot be read.
         """
@@ -140,10 +140,13 @@ class RawShards(Shards):
     def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
         if self._lost is not None:
             raise self._lost
-        shard_B, local_B = np.divmod(rows_B, self._form.shard_rows)
-        for start, stop in _runs(shard_B):
+        size, start = self._form.shard_rows, 0
+        while start < len(rows_B):
+            shard = int(rows_B[start]) // size
+            stop = int(rows_B.searchsorted((shard + 1) * size))
             # The default mode, "raise", gathers into a temporary array first.
-            np.take(self._map(int(shard_B[start])), local_B[start:stop], axis=0, out=out_BD[start:stop], mode="clip")
+            self._map(shard).take(rows_B[start:stop] - shard * size, axis=0, out=out_BD[start:stop], mode="clip")
+            start = stop
 
     def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:
         if pieces:

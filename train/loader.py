@@ -11,12 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from shared import layout
 from shared.view import View
 from train.order import Order
 from train.reader import Reader
+
+PIECE_BYTES = 2**20  # of a source's rows that are gathered before they are cast, on the CPU
 
 
 @dataclass(frozen=True)
@@ -28,19 +31,21 @@ class Rows:
 
 
 class _Slot:
-    """The buffers of one batch, in the store's type. With CUDA pinned; `read` says when the device has read them.
+    """The buffers of one batch: `x` in the store's type, a piece of it at a time, and the floats made of them.
 
-    `floats` are what a CPU hands out again and again, where it may.
+    With CUDA a piece is the whole batch, pinned, and `read` says when the device has read it. On the CPU it is as much
+    as a processor's cache holds, so that its rows are cast before they leave it. `floats`: where they are used again.
     """
 
     def __init__(
         self, widths: dict[str, int], dtype: torch.dtype, batch: int, device: torch.device, reuse: bool
     ) -> None:
         cuda = device.type == "cuda"
-        self.x = {name: torch.empty(batch, width, dtype=dtype, pin_memory=cuda) for name, width in widths.items()}
+        self.piece = batch if cuda else min(batch, max(1, PIECE_BYTES // (dtype.itemsize * max(widths.values()))))
+        self.x = {name: torch.empty(self.piece, width, dtype=dtype, pin_memory=cuda) for name, width in widths.items()}
         self.arrays = {name: layout.stored(x_BD) for name, x_BD in self.x.items()}
         self.read = torch.cuda.Event(blocking=True) if cuda else None
-        self.floats = {name: torch.empty(x_BD.shape) for name, x_BD in self.x.items()} if reuse and not cuda else {}
+        self.floats = {name: torch.empty(batch, width) for name, width in widths.items()} if reuse and not cuda else {}
 
 
 class Loader:
@@ -62,6 +67,8 @@ class Loader:
         self.order, self.batch, self.device, self.rank, self.world = order, batch, device, rank, world
         self.waited_s, self.rows_served, self.bytes_served = 0.0, 0, 0
         self._reader = Reader(store, sources)
+        self._widths = self._reader.widths
+        self._row_bytes = store.dtype.itemsize * sum(self._widths.values())
         self._factors = {name: store.factor(name) for name in sources}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._drawing = threading.Lock()
@@ -70,7 +77,7 @@ class Loader:
         self._flying: deque[tuple[Future[Rows], _Slot]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="granary-loader")
         for _ in range(min(slots, len(steps))):
-            self._launch(_Slot(self._reader.widths, store.dtype, batch, device, reuse))
+            self._launch(_Slot(self._widths, store.dtype, batch, device, reuse))
 
     def __iter__(self) -> Iterator[Rows]:
         while self._flying:
@@ -106,7 +113,7 @@ class Loader:
         rows = self._wait(future)
         self._hand_over(rows, slot)
         self.rows_served += self.batch
-        self.bytes_served += sum(x_BD.nbytes for x_BD in slot.arrays.values())
+        self.bytes_served += self.batch * self._row_bytes
         return rows, slot
 
     def _wait(self, future: Future[Rows]) -> Rows:
@@ -139,8 +146,16 @@ class Loader:
             # In the order of steps, so that nothing is given back before it was asked for.
             self._reader.will_need(self.order.starts(coming.start, coming.stop), self.order.block_rows)
             self._reader.forget(self.order.starts(passed.start, passed.stop), self.order.block_rows)
-        rows_B = self._reader.gather(rows_B, slot.arrays)
-        return Rows(self._send(slot), torch.from_numpy(rows_B))
+        rows_B = np.sort(rows_B)
+        with self._copying():
+            x = slot.floats or {
+                name: torch.empty(self.batch, w, device=self.device) for name, w in self._widths.items()
+            }
+            for start in range(0, self.batch, slot.piece):
+                part_B = rows_B[start : start + slot.piece]
+                self._reader.gather(part_B, {name: x_BD[: len(part_B)] for name, x_BD in slot.arrays.items()})
+                self._send(slot, {name: x_BD[start : start + slot.piece] for name, x_BD in x.items()})
+        return Rows(x, torch.from_numpy(rows_B))
 
     def _reach(self, position: int) -> tuple[range, range]:
         """Which blocks, of the endless line of them, come into reach at this batch, and which are a window back now.
@@ -157,17 +172,14 @@ class Loader:
         self._passed = max(passed, order.front(position) - window)
         return range(asked, self._asked), range(passed, self._passed)
 
-    def _send(self, slot: _Slot) -> dict[str, torch.Tensor]:
-        """Copies on the device, cast there, so that half the bytes travel."""
-        with self._copying():
-            here = {name: x_BD.to(self.device, non_blocking=self._stream is not None) for name, x_BD in slot.x.items()}
-            x = {name: slot.floats[name].copy_(x_BD) if slot.floats else x_BD.float() for name, x_BD in here.items()}
-            for name, x_BD in x.items():
-                if self._factors[name] != 1.0:
-                    x_BD.mul_(self._factors[name])
-            if slot.read is not None:
-                slot.read.record()
-        return x
+    def _send(self, slot: _Slot, x: dict[str, torch.Tensor]) -> None:
+        """Copy a piece to the device and cast it there, so that half the bytes travel."""
+        for name, x_BD in x.items():
+            x_BD.copy_(slot.x[name][: len(x_BD)].to(self.device, non_blocking=self._stream is not None))
+            if self._factors[name] != 1.0:
+                x_BD.mul_(self._factors[name])
+        if slot.read is not None:
+            slot.read.record()
 
     def _copying(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

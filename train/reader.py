@@ -34,23 +34,21 @@ class Reader:
         self._sources = {name: store.activations(name) for name in self.widths}
         self._pool = ThreadPoolExecutor(THREADS, "granary-fetch")
 
-    def gather(self, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Fill `out` {source: [B, width]} with these rows, in file order. Returns the rows in that order.
+    def gather(self, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
+        """Fill `out` {source: [B, width]} with these rows, which ascend: so a file is read from front to back.
 
         Raises StoreDamagedError where a packed chunk cannot be read.
         """
-        rows_B = np.sort(rows_B)
-        assert not len(rows_B) or (rows_B[0] >= 0 and rows_B[-1] < self.store.rows)
         for name, out_BD in out.items():
             self._sources[name].take(rows_B, out_BD, self._pool)
-        return rows_B
 
     def stream(self, rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """(rows_B, {source: [B, width]}) of these ascending rows, batch after batch in file order."""
         for start in range(0, len(rows), batch):
             rows_B = rows[start : start + batch]
             x = {name: np.empty((len(rows_B), width), self.dtype) for name, width in self.widths.items()}
-            yield self.gather(rows_B, x), x
+            self.gather(rows_B, x)
+            yield rows_B, x
             self.forget(rows_B[:1], int(rows_B[-1] - rows_B[0]) + 1)
 
     def will_need(self, starts: np.ndarray, length: int) -> None:

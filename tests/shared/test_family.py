@@ -77,6 +77,12 @@ def test_more_rows_stand_behind_the_others(first: Store, more: Store) -> None:
         whole.column("tokens/model_a/id")
 
 
+def test_rows_are_read_in_any_order(more: Store) -> None:
+    whole = open_family(more.path)
+    rows_B = np.array([170, 3, 99, 98, 3, 0, 100, 169])
+    assert np.array_equal(whole.stored("a", rows_B), stored(whole, "a")[rows_B], equal_nan=True)
+
+
 def test_what_is_kept_and_served_of_a_family_is_what_is_of_each(first: Store, more: Store) -> None:
     whole = open_family(more.path)
     both = [kept_rows(store) for store in (first, more)]
@@ -87,12 +93,12 @@ def test_what_is_kept_and_served_of_a_family_is_what_is_of_each(first: Store, mo
     order = Order(np.ones(171, bool), 4, 9, seed=1)
     with Reader(whole, ["a", "b"]) as reader:
         for step in range(12):
-            rows_B = order.step(step, 32)
+            rows_B = np.sort(order.step(step, 32))
             out = {name: np.empty((32, reader.widths[name]), np.float16) for name in reader.widths}
             reader.will_need(rows_B, 3)
-            found = reader.gather(rows_B, out)
+            reader.gather(rows_B, out)
             reader.forget(rows_B, 3)
-            assert all(np.array_equal(out[name], rows[name][found], equal_nan=True) for name in out)
+            assert all(np.array_equal(out[name], rows[name][rows_B], equal_nan=True) for name in out)
 
 
 def test_more_sources_stand_beside_the_others(first: Store, wide: Store) -> None:

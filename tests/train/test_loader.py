@@ -70,6 +70,18 @@ def test_a_batch_is_the_step_of_the_order_in_the_models_own_units(
             assert rows.x[name].dtype == torch.float32 and rows.x[name].device.type == device.type
 
 
+@pytest.mark.parametrize("piece_rows", [1, 5, 16, 100])
+def test_a_batch_that_is_gathered_piece_by_piece_is_the_same(
+    store: Store, order: Order, piece_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.loader.PIECE_BYTES", piece_rows * 2 * 6)  # 6: the larger of the widths
+    with Loader(store, ["a", "b"], order, BATCH, range(5), CPU, reuse=True) as loader:
+        for rows in loader:
+            for name, factor in (("a", 4.0), ("b", 0.5)):
+                stored = store.column(f"activations/{name}")[rows.rows_B.numpy()].astype(np.float32)
+                assert np.array_equal(rows.x[name].numpy(), stored * np.float32(factor))
+
+
 @every_device
 def test_three_threads_and_any_ring_serve_what_one_thread_serves(
     store: Store, order: Order, device: torch.device
@@ -173,10 +185,10 @@ def test_an_error_in_a_thread_surfaces_with_its_own_traceback(
 ) -> None:
     gather = Reader.gather
 
-    def gather_until_step_2(self: Reader, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> np.ndarray:
-        if np.array_equal(rows_B, order.step(2, BATCH)):
+    def gather_until_step_2(self: Reader, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
+        if np.array_equal(rows_B, np.sort(order.step(2, BATCH))):
             raise OSError("the disk is gone")
-        return gather(self, rows_B, out)
+        gather(self, rows_B, out)
 
     monkeypatch.setattr(Reader, "gather", gather_until_step_2)
     served: list[Rows] = []
