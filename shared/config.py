@@ -119,14 +119,18 @@ def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise ConfigError("a setting must read KEY=VALUE", setting, "Example: --set seed=1")
-        *tables, leaf = key.split(".")
-        table = merged
-        for name in tables:
-            table = table.setdefault(name, {})
-            if not isinstance(table, dict):
-                raise ConfigError("this key is a value and has no keys below it", key, f"Set {name} itself")
-        table[leaf] = _toml_value(text)
+        put(merged, key, toml_value(text))
     return merged
+
+
+def put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of nested tables. Raises ConfigError where it passes through a value."""
+    *tables, leaf = key.split(".")
+    for name in tables:
+        data = data.setdefault(name, {})
+        if not isinstance(data, dict):
+            raise ConfigError("this key is a value and has no keys below it", key, f"Set {name} itself")
+    data[leaf] = value
 
 
 def settings(flags: Mapping[str, Any]) -> list[str]:
@@ -134,7 +138,7 @@ def settings(flags: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]
 
 
-def _toml_value(text: str) -> Any:
+def toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

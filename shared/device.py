@@ -1,8 +1,12 @@
 """The device and the threads that a user names, and copies that do not keep the device waiting."""
 
+import ctypes
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -63,3 +67,46 @@ class Outward:
             return copies
 
         return wait
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that this process can still take on the device."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def peak_memory(device: torch.device | str) -> Iterator[Callable[[], int | None]]:
+    """Gives a function that tells how many more bytes than at the beginning this process has taken at most.
+
+    Of a GPU those of torch's tensors; on the CPU those of the whole process. None where the system does not tell.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    _trim()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now (proc(5))
+    except OSError:  # no Linux, or one that does not let us
+        yield lambda: None
+        return
+    resident = _status("VmRSS")
+    yield lambda: _status("VmHWM") - resident
+
+
+def _trim() -> None:
+    """Give the system back what malloc keeps of what was freed: else it is taken again and not seen."""
+    with suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(key: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024

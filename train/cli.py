@@ -1,4 +1,4 @@
-"""train run | resume | measure | methods | show."""
+"""train run | plan | resume | measure | methods | show."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import typer
 
 from shared import config as configs
 from shared import files, remote
-from shared.errors import CheckpointError, StoreError, one_line
+from shared.errors import CheckpointError, ConfigError, StoreError, TrainingError, one_line
 from shared.family import open_family
 from shared.view import View
 from train import measure as measuring
@@ -17,8 +17,11 @@ from train import method as method_files
 from train import report
 from train.config import LogConfig, TrainConfig
 from train.dictionary import Dictionary
-from train.fit import Run, fit
+from train.fit import Run, Sweep, fit, resume_sweep, sweep
 from train.fit import resume as going_on
+from train.outlook import outlook, text
+from train.run import folders_of
+from train.sweep import TABLE, expand
 
 app = typer.Typer(
     help="Train dictionaries on a store: no model and no network are needed.",
@@ -30,6 +33,37 @@ Stage = Annotated[
     str | None, typer.Option("--stage", help="Where the copy of a store at a URL lies; none: in the user's cache.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Cache = Annotated[str, typer.Argument(help="A finished store: its folder, or its URL.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML file of the run, or of several in its table [sweep].")
+]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Any config key: --set method.k=64.")]
+Grid = Annotated[
+    list[str] | None,
+    typer.Option("--grid", help="Several values of a key, a run each: --grid method.k=32,64. Grids multiply."),
+]
+MethodName = Annotated[str | None, typer.Option("--method", help="Method (method.name); train methods lists them.")]
+WiringKind = Annotated[
+    str | None, typer.Option("--wiring", help="autoencoder, transcoder, crosscoder or dedicated (wiring.kind).")
+]
+Latents = Annotated[int | None, typer.Option("--latents", help="Latents of the dictionary (wiring.latents).")]
+Sources = Annotated[
+    str | None, typer.Option("--sources", help="Sources in order, with commas: gemma,smol (wiring.sources).")
+]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser updates (steps).")]
+Batch = Annotated[int | None, typer.Option("--batch", help="Rows of a batch (batch).")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the weights (seed).")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto (device).")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Torch threads on the CPU (threads).")]
+Memory = Annotated[
+    float | None, typer.Option("--memory", min=0, help="GB that runs may take at once; none: 0.9 of what is free.")
+]
+Gpus = Annotated[
+    str | None, typer.Option("--gpus", help="Spread the runs of a sweep over these GPUs, a process each: 0,1 or all.")
+]
+Out = Annotated[
+    str | None, typer.Option("--out", help="Folder of the run or of the sweep; none: a new one below runs/.")
+]
 
 
 def main() -> None:
@@ -39,57 +73,115 @@ def main() -> None:
 
 @app.command()
 def run(
-    cache: Annotated[str, typer.Argument(help="A finished store: its folder, or its URL.")],
-    config_file: Annotated[Path | None, typer.Option("--config", help="TOML file of the run.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Any config key: --set method.k=64.")] = None,
-    method: Annotated[str | None, typer.Option(help="Training method (method.name); train methods lists them.")] = None,
-    wiring: Annotated[
-        str | None, typer.Option(help="autoencoder, transcoder, crosscoder or dedicated (wiring.kind).")
-    ] = None,
-    latents: Annotated[int | None, typer.Option(help="Latents of the dictionary (wiring.latents).")] = None,
-    sources: Annotated[
-        str | None, typer.Option(help="Sources in order, with commas: gemma,smol (wiring.sources).")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser updates (steps).")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows of a batch (batch).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of order and weights (seed).")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto (device).")] = None,
-    threads: Annotated[int | None, typer.Option(help="Torch threads on the CPU (threads).")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="Folder of the run; none: a new one below runs/.")] = None,
-    below: Stage = None,
-    as_json: Json = False,
-) -> None:
-    """Train one dictionary on a store, measure it on held-out documents, and write a report.
+    cache: Cache, config_file: ConfigFile = None, settings: Settings = None, grid: Grid = None,
+    method: MethodName = None, wiring: WiringKind = None, latents: Latents = None, sources: Sources = None,
+    steps: Steps = None, batch: Batch = None, seed: Seed = None, device: Device = None, threads: Threads = None,
+    memory: Memory = None, gpus: Gpus = None, out: Out = None, below: Stage = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Train a dictionary on a store, measure it on held-out documents, and write a report; or several at once.
 
     Example: train run pair.zarr --method batch_topk --wiring dedicated --latents 16384 --steps 5000 --set method.k=64
     """
-    flags: dict[str, Any] = {
-        "method.name": method, "wiring.kind": wiring, "wiring.latents": latents,
-        "wiring.sources": None if sources is None else sources.split(","), "steps": steps, "batch": batch,
-        "seed": seed, "device": device, "threads": threads,
-    }  # fmt: skip
-    data = configs.read_toml(config_file) if config_file else {}
-    asked = configs.parse(TrainConfig, configs.override(data, [*(settings or []), *configs.settings(flags)]))
+    asked = _asked(
+        config_file, settings, grid,
+        {"method.name": method, "wiring.kind": wiring, "wiring.latents": latents, "wiring.sources": sources,
+         "steps": steps, "batch": batch, "seed": seed, "device": device, "threads": threads},
+    )  # fmt: skip
     folder = None if out is None else remote.local(out, "A run is written to a folder (--out)")
-    _tell(fit(_opened(cache, below, as_json), asked, folder), cache, as_json)
+    if TABLE in asked or gpus is not None:
+        store = _opened(cache, below, as_json)
+        _tell_all(sweep(store, asked, folder, memory=_bytes(memory), gpus=_numbers(gpus)), cache, as_json)
+    else:
+        _tell(fit(_opened(cache, below, as_json), asked, folder), cache, as_json)
+
+
+@app.command()
+def plan(
+    cache: Cache, config_file: ConfigFile = None, settings: Settings = None, grid: Grid = None,
+    method: MethodName = None, wiring: WiringKind = None, latents: Latents = None, sources: Sources = None,
+    steps: Steps = None, batch: Batch = None, seed: Seed = None, device: Device = None, threads: Threads = None,
+    memory: Memory = None, out: Out = None, below: Stage = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """What a run, or a sweep, would read and take: rows, order, memory, time and disk. Takes the options of train run.
+
+    Example: train plan pair.zarr --method batch_topk --wiring dedicated --latents 16384 --steps 5000 --grid seed=0,1
+    """
+    asked = _asked(
+        config_file, settings, grid,
+        {"method.name": method, "wiring.kind": wiring, "wiring.latents": latents, "wiring.sources": sources,
+         "steps": steps, "batch": batch, "seed": seed, "device": device, "threads": threads},
+    )  # fmt: skip
+    told = outlook(_opened(cache, below, as_json), expand(asked), _bytes(memory), Path(out or "runs"))
+    print(json.dumps(told) if as_json else text(told))
 
 
 @app.command()
 def resume(
-    run_folder: Annotated[str, typer.Argument(help="The folder of a run.")],
+    run_folders: Annotated[list[str], typer.Argument(help="The folder of a run or of a sweep; or several.")],
     cache: Annotated[str | None, typer.Option("--store", help="Where its store lies now; none: where it was.")] = None,
+    memory: Memory = None,
+    gpus: Gpus = None,
     below: Stage = None,
     as_json: Json = False,
 ) -> None:
     """Go on with a run that was stopped or killed, from its last checkpoint: the weights come out the same to the bit.
 
-    A finished run is left as it is.
+    Of a sweep, with all runs that are not finished. A finished run is left as it is.
 
     Example: train resume runs/dedicated-batch_topk-16384
     """
-    folder = _run_folder(run_folder)
-    made = going_on(folder, _opened(cache, below, as_json) if cache else None)
-    _tell(made, cache or _own_store(folder), as_json)
+    folders = [_run_folder(one) for one in run_folders]
+    opened = _opened(cache, below, as_json) if cache else None
+    if folders_of(folders[0]) != folders or gpus is not None:
+        _tell_all(resume_sweep(folders, opened, memory=_bytes(memory), gpus=_numbers(gpus)), cache, as_json)
+    else:
+        _tell(going_on(folders[0], opened), cache or _own_store(folders[0]), as_json)
+
+
+def _asked(
+    config_file: Path | None, settings: list[str] | None, grid: list[str] | None, flags: dict[str, Any]
+) -> dict[str, Any]:
+    """The tables of a config: the file, over it what was set, over that the flags, and a sweep where there is one."""
+    data = configs.read_toml(config_file) if config_file else {}
+    if flags["wiring.sources"] is not None:
+        flags["wiring.sources"] = flags["wiring.sources"].split(",")
+    asked = configs.override(data, [*(settings or []), *configs.settings(flags)])
+    for one in grid or []:
+        key, _, values = one.partition("=")
+        grids = asked.setdefault(TABLE, {}).setdefault("grid", {})
+        grids[key] = [configs.toml_value(value) for value in values.split(",") if value]
+    return asked
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else round(gigabytes * 1e9)
+
+
+def _numbers(gpus: str | None) -> list[int] | None:
+    """all is an empty list. Raises ConfigError for what is no number."""
+    if gpus is None or gpus == "all":
+        return None if gpus is None else []
+    try:
+        return [int(one) for one in gpus.split(",")]
+    except ValueError:
+        raise ConfigError("wrong value for --gpus", gpus, "Give numbers, such as 0,1, or: all") from None
+
+
+def _tell_all(made: Sweep, store: str | None, as_json: bool) -> None:
+    """The runs side by side. Raises TrainingError where one failed."""
+    figures = {one.folder.name: one.figures for one in made.runs}
+    if as_json:
+        failed = {path.name: str(error) for path, error in made.failed.items()}
+        print(json.dumps({"folder": str(made.folder), "runs": figures, "failed": failed}))
+    else:
+        if figures:
+            print(report.compared(figures))
+            print(f"\nstore   {store or _own_store(made.runs[0].folder)}\nruns    {made.folder}")
+        for path, error in made.failed.items():
+            print(f"{path.name}: {error}")
+    if made.failed:
+        count = f"{len(made.failed)} of {len(made.failed) + len(made.runs)}"
+        raise TrainingError("runs failed", count, f"To go on with them: train resume {made.folder}")
 
 
 def _tell(made: Run, store: str, as_json: bool) -> None:

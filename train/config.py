@@ -72,3 +72,10 @@ class TrainConfig(Config):
     @classmethod
     def _named_method(cls, value: Any) -> Any:
         return methods.parse(value) if isinstance(value, Mapping | str) else value
+
+
+class SweepConfig(Config):
+    """Which runs a config stands for, in its table [sweep] (train.sweep)."""
+
+    grid: dict[str, Any] = Field(default_factory=dict)  # lists of values, each below its key: every combination
+    runs: list[dict[str, Any]] = Field(default_factory=list)  # tables laid over the config, a run each

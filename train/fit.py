@@ -1,57 +1,90 @@
-"""A run from store to report, from its beginning or its last checkpoint: one loader feeds the trainer."""
+"""Runs from store to report, from their beginning or their last checkpoint, one by one or as many as fit at once."""
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from shared import config as configs
-from shared import files, layout
-from shared.device import device_of, torch_threads
-from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, deferred_stop
+from shared import files
+from shared.errors import ConfigError, GranaryError
 from shared.family import open_family
-from shared.log import Log, bar
+from shared.log import Log
 from shared.view import View
-from train import checkpoint, dictionary, measure, report, run, scale, wiring
+from train import plan, prepare, report, run, spread, together
 from train.config import TrainConfig
-from train.filter import Kept, kept_rows, require_rows
-from train.loader import Loader
-from train.order import Order, companions, default_window_blocks
-from train.trainer import Trainer
+from train.dictionary import Dictionary
+from train.prepare import Ready
+from train.sweep import TABLE, Asked, expand
+from train.together import Member
+
+Config = TrainConfig | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, the trained dictionary (in evaluation mode) and its figures (train.measure)."""
+    """A finished run: its folder, its figures (train.measure), and the trained dictionary."""
 
     folder: Path
-    dictionary: dictionary.Dictionary
     figures: dict[str, Any] = field(repr=False)
+    device: str = "cpu"
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        """In evaluation mode, on the device that it was trained on; read when it is first asked for."""
+        return Dictionary.load(self.folder, self.device)
 
 
-def fit(
-    store: View | str | Path, config: TrainConfig | Mapping[str, Any], folder: str | Path | None = None,
-    quiet: bool = False,
-) -> Run:  # fmt: skip
+@dataclass(frozen=True)
+class Sweep:
+    """What became of the runs of a sweep: those that are finished, and what ended the others."""
+
+    folder: Path
+    runs: list[Run]
+    failed: dict[Path, GranaryError]
+
+
+def fit(store: View | str | Path, config: Config, folder: str | Path | None = None, quiet: bool = False) -> Run:
     """Train one dictionary on a store, or on that at a path. `config` is a TrainConfig or its tables as a mapping.
 
     The folder (none: a new one below runs/) gets config.toml, store.json, metrics.jsonl, checkpoints/, dictionary/,
     measure.json and report.html. Raises ConfigError, WiringError, StoreError, TrainingError or CheckpointError.
     """
-    asked = configs.parse(TrainConfig, config) if isinstance(config, Mapping) else config
-    opened = open_family(store) if isinstance(store, str | Path) else store
-    with torch_threads(asked.threads):
-        run.require_free(folder)
-        made = prepare(opened, asked)
-        path = run.claim(folder, asked)
-        with run.held(path):
-            files.write_json(path / report.STORE, run.origin(opened, made.sources))
-            with Log(path / report.METRICS, quiet) as log:
-                mixing = companions(asked.batch, made.order.block_rows, made.order.window_rows)
-                kept = {"dropped": made.dropped, "kept": made.order.kept, "companions": mixing}
-                log.event("start", _opening(made, path), **kept)
-                return _finish(opened, made, run.Training(path, asked, made.trainer, opened, log))
+    asked, opened = _parsed(config), _opened(store)
+    run.require_free(folder)
+    [ready] = prepare.ready(opened, [asked])
+    plan.require_memory(ready)
+    path = run.claim(folder, asked)
+    run.begin(path, opened, ready.sources)
+    return _alone(opened, Member(path, ready), quiet)
+
+
+def sweep(
+    store: View | str | Path, config: Mapping[str, Any] | Sequence[Config], folder: str | Path | None = None,
+    quiet: bool = False, memory: int | None = None, gpus: Sequence[int] | None = None,
+) -> Sweep:  # fmt: skip
+    """Train several dictionaries on a store: the runs that `config` names in its table `sweep`, or a list of configs.
+
+    Runs that serve the same batches are trained at once on one loader, to the bits that they would have had alone, as
+    long as they fit into `memory` bytes (none: 0.9 of what is free); the others in further passes. A run that fails
+    ends alone. With `gpus` (their numbers; an empty list: all) each has a process that trains its share of the runs.
+    The folder (none: a new one below runs/) gets the folder of every run, as `fit` writes it.
+    Raises ConfigError, WiringError or StoreError before anything is written.
+    """
+    asked, opened = _asked(config), _opened(store)
+    run.require_free(folder)
+    devices = None if gpus is None else spread.devices(gpus)
+    ready = prepare.ready(opened, [one.config for one in asked])
+    passes = _passes(ready, [0] * len(ready), memory, quiet) if devices is None else []
+    place = run.claim_sweep(folder)
+    folders = [run.claim(place / one.name, one.config) for one in asked]
+    for path, one in zip(folders, ready, strict=True):
+        run.begin(path, opened, one.sources)
+    if devices is not None:
+        return _spread(ready, folders, devices, folders, place, quiet)
+    members = [Member(path, one) for path, one in zip(folders, ready, strict=True)]
+    return _together(opened, [[members[n] for n in one] for one in passes], folders, place, quiet)
 
 
 def resume(folder: str | Path, store: View | str | Path | None = None, quiet: bool = False) -> Run:
@@ -61,131 +94,107 @@ def resume(folder: str | Path, store: View | str | Path | None = None, quiet: bo
     CheckpointError, StoreError or TrainingError.
     """
     path = Path(folder)
-    try:
-        asked = configs.parse(TrainConfig, configs.read_toml(path / report.CONFIG))
-    except ConfigError as error:
-        raise CheckpointError("no run here", path, f"Give the folder of a run ({error})") from None
-    if not (path / report.STORE).exists():
-        raise CheckpointError("this run was stopped before it began", path, "Remove the folder, and run it again")
-    began = files.read_json(path / report.STORE)
-    with run.held(path), torch_threads(asked.threads):
-        if (path / report.PAGE).exists():
-            return Run(path, dictionary.Dictionary.load(path), files.read_json(path / report.MEASURE))
-        place = began["path"] if store is None else store
-        opened = open_family(place) if isinstance(place, str | Path) else place
-        if (opened.header.id, opened.seals) != (began["id"], began.get("seals")):
-            way_out = f"Give the store whose id begins with {began['id'][:12]}, as it was"
-            raise StoreError("this is not the store that the run began on", opened.path, way_out)
-        made = prepare(opened, asked, fresh=not checkpoint.steps(path / run.CHECKPOINTS))
-        with Log(quiet=quiet) as log:
-            training = run.Training(path, asked, made.trainer, opened, log)
-            training.resume()
-            log.attach(path / report.METRICS)
-            step = made.trainer.step
-            log.event("resume", f"going on with {path} at step {step:,} of {asked.steps:,}", step=step)
-            return _finish(opened, made, training)
+    asked = run.config_of(path)
+    if run.finished(path):
+        return _result(path)
+    opened = run.store_of(path, None if store is None else _opened(store))
+    [ready] = prepare.ready(opened, [asked])
+    return _alone(opened, Member(path, ready, goes_on=True), quiet)
 
 
-def _finish(store: View, made: "Made", training: run.Training) -> Run:
-    """Train to the end, measure and report."""
-    log, path, asked = training.log, training.folder, made.config
-    try:
-        while not training.finished:  # a stop may be one that its handler does not mind
-            _train(store, made, training)
-        trained = made.trainer.dictionary.eval()
-        trained.save(path / "dictionary")
-        figures = measure.measure(trained, store, asked.log.measure_rows, asked.rows, log.quiet)
-        files.write_json(path / report.MEASURE, figures)
-        log.event("measure", figures=figures)
-        report.write(path)
-    except (Stopped, KeyboardInterrupt):
-        step = made.trainer.step
-        log.event("stop", f"stopped at step {step:,}; to go on: train resume {path}", step=step)
-        raise
-    return Run(path, trained.requires_grad_(False), figures)
+def resume_sweep(
+    places: str | Path | Sequence[str | Path], store: View | str | Path | None = None, quiet: bool = False,
+    memory: int | None = None, gpus: Sequence[int] | None = None,
+) -> Sweep:  # fmt: skip
+    """Go on with the runs of a sweep, or with several runs, as `resume` does with one.
 
-
-@dataclass(frozen=True)
-class Made:
-    """A run that is ready to start."""
-
-    config: TrainConfig
-    trainer: Trainer
-    order: Order
-    sources: list[str]
-    dropped: dict[str, int]
-
-
-def prepare(store: View, config: TrainConfig, fresh: bool = True) -> Made:
-    """Check everything that can be wrong, and build order, scale, dictionary and trainer. Writes nothing.
-
-    Where not `fresh`, scale and weights are left for a checkpoint to fill.
+    Those that failed begin at their last checkpoint. `memory` and `gpus` are those of `sweep`.
     """
-    sources = config.wiring.sources or list(store.header.sources)
-    widths = {name: store.source(name).width for name in sources}
-    if len(widths) < len(sources):
-        raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
-    wires = wiring.build(config.wiring.kind, widths, config.wiring.latents, config.wiring.exclusive)
-    if config.method.settled() > config.steps:
-        value = f"{config.method.settled()} > {config.steps}"
-        raise ConfigError("the method's schedule is longer than the run", value, "Raise steps, or shorten the schedule")
-    config.method.build(wires, config.steps)  # refuses before the store is read, as does the next line
-    device = device_of(config.device)
-    measure.require_held_out(store, config.rows)  # the figures come last, and must not fail then
-    kept = kept_rows(store, config.rows)
-    require_rows(kept)
-    order = order_of(store, kept, config.batch, config.rows.seed)
-    if config.batch > order.kept:
-        value = f"{config.batch:,} > {order.kept:,}"
-        raise ConfigError("the batch is larger than the rows that are kept", value, "Lower batch, or harvest more rows")
-    kind = config.scale
-    scaled = scale.fit(store, sources, order, kind.kind, kind.centre) if fresh else scale.Scale(widths)
-    made, terms = dictionary.create(wires, config.method, scaled, config.wiring.norm, config.steps)
-    if fresh:
-        made.initialise(config.seed, config.wiring.decoder_norm or dictionary.default_decoder_norm(wires))
-    return Made(config, Trainer(made.to(device), list(terms), config), order, sources, kept.dropped)
+    given = [Path(one) for one in ([places] if isinstance(places, str | Path) else places)]
+    folders = [path for one in given for path in run.folders_of(one)]
+    left = [path for path in folders if not run.finished(path)]
+    if not left:
+        return _results(given[0], folders, {})
+    asked = [run.config_of(path) for path in left]
+    opened = run.store_of(left[0], None if store is None else _opened(store))
+    for path in left[1:]:
+        run.store_of(path, opened)
+    devices = None if gpus is None else spread.devices(gpus)
+    ready = prepare.ready(opened, asked)
+    if devices is not None:
+        return _spread(ready, left, devices, folders, given[0], quiet)
+    passes = _passes(ready, [run.kept_step(path) for path in left], memory, quiet)
+    members = [Member(path, one, goes_on=True) for path, one in zip(left, ready, strict=True)]
+    return _together(opened, [[members[n] for n in one] for one in passes], folders, given[0], quiet)
 
 
-def order_of(store: View, kept: Kept, batch: int, seed: int) -> Order:
-    """The order of these rows. Its blocks are those of the store, whichever sources a run reads: runs can share it."""
-    block_rows = layout.block_rows(store.chunk_rows, 2 * min(source.width for source in store.header.sources.values()))
-    return Order(kept.kept_N, block_rows, default_window_blocks(batch), seed)
+def _spread(
+    ready: Sequence[Ready], left: Sequence[Path], devices: Sequence[str], folders: Sequence[Path], place: Path,
+    quiet: bool,
+) -> Sweep:  # fmt: skip
+    """Runs over GPUs, each in the process of its device."""
+    parts = spread.shares(ready, len(devices))
+    logs = [place / f"gpu-{name}.log" for name in devices[: len(parts)]]
+    with Log(quiet=quiet) as console:
+        for part, log in zip(parts, logs, strict=True):
+            console.event("spread", f"{len(part)} runs, told in {log}: {', '.join(left[n].name for n in part)}")
+    environments = [{"CUDA_VISIBLE_DEVICES": name} for name in devices[: len(parts)]]
+    spread.run([[left[n] for n in part] for part in parts], environments, logs)
+    failed: dict[Path, GranaryError] = {}
+    for part, log in zip(parts, logs, strict=True):
+        failed |= {left[n]: run.ended(left[n], log) for n in part if not run.finished(left[n])}
+    return _results(place, folders, failed)
 
 
-def _opening(made: Made, path: Path) -> str:
-    short = made.config.optimiser.warmup >= made.config.steps
-    note = "\noptimiser.warmup is as long as the run: the learning rate never reaches its peak" if short else ""
-    dropped = ", ".join(f"{name} {count:,}" for name, count in made.dropped.items() if count)
-    epochs = made.config.steps * made.config.batch / made.order.kept
-    return (
-        f"training {made.config.wiring.kind} {made.config.method.name} in {path}: {made.order.kept:,} rows (dropped: "
-        f"{dropped or 'none'}), {made.config.steps:,} steps of {made.config.batch:,} rows, {epochs:.1f} epochs{note}"
-    )
+def _alone(store: View, member: Member, quiet: bool) -> Run:
+    together.train(store, [member], member.folder, quiet)
+    if member.error is not None:
+        raise member.error
+    return _result(member.folder)
 
 
-def _train(store: View, made: Made, training: run.Training) -> None:
-    config, trainer, log = made.config, made.trainer, training.log
-    steps = range(trainer.step, config.steps)
-    started = time.monotonic()
-    with (
-        deferred_stop() as stopping,
-        Loader(store, made.sources, made.order, config.batch, steps, trainer.idle_L.device, reuse=True) as loader,
-        bar("training", "steps", config.steps, quiet=log.quiet, done=trainer.step) as progress,
-    ):
-        for rows in loader:
-            seconds = time.monotonic() - started
-            epoch = made.order.epoch((trainer.step + 1) * config.batch)
-            speed = {"rows_s": loader.rows_served / seconds, "waited_s": loader.waited_s}
-            if values := training.update(rows.x, epoch=epoch, **speed):
-                progress.set_postfix(_shown(values, loader.waited_s / seconds), refresh=False)
-            progress.update()
-            if stopping():
-                training.keep()
-                break
+def _together(
+    store: View, passes: Sequence[Sequence[Member]], folders: Sequence[Path], place: Path, quiet: bool
+) -> Sweep:
+    for members in passes:
+        together.train(store, members, place, quiet)
+    errors = {one.folder: one.error for members in passes for one in members if one.error is not None}
+    return _results(place, folders, errors)
 
 
-def _shown(values: Mapping[str, float], stalled: float) -> dict[str, str]:
-    """The latest figures behind the bar; `stall` is the share of the time that was spent waiting for rows."""
-    shown = {"loss": f"{values['loss']:.4g}", "l0": f"{values['l0']:.1f}", "dead": f"{values['dead']:.1%}"}
-    shown |= {name: f"{value:.3f}" for name, value in values.items() if name.startswith("fve/")}
-    return shown | {"stall": f"{stalled:.0%}"}
+def _results(place: Path, folders: Sequence[Path], failed: dict[Path, GranaryError]) -> Sweep:
+    return Sweep(place, [_result(path) for path in folders if path not in failed], failed)
+
+
+def _result(folder: Path) -> Run:
+    return Run(folder, files.read_json(folder / report.MEASURE), run.config_of(folder).device)
+
+
+def _passes(ready: Sequence[Ready], begun: Sequence[int], memory: int | None, quiet: bool) -> list[list[int]]:
+    """Which runs are trained at once, and a line that says so."""
+    passes = plan.passes(ready, plan.costs(ready), begun, memory)
+    why = plan.parted(ready, begun, passes)
+    sizes = " + ".join(str(len(one)) for one in passes)
+    told = f"{len(ready)} runs, {sizes} at once" + (f", since they differ in {why}" if why else "")
+    Log(quiet=quiet).event("passes", told)
+    return passes
+
+
+def _opened(store: View | str | Path) -> View:
+    return open_family(store) if isinstance(store, str | Path) else store
+
+
+def _parsed(config: Config) -> TrainConfig:
+    if isinstance(config, Mapping) and TABLE in config:
+        raise ConfigError("this config stands for several runs", f"it has a table {TABLE}", "Use train.sweep")
+    return configs.parse(TrainConfig, config) if isinstance(config, Mapping) else config
+
+
+def _asked(config: Mapping[str, Any] | Sequence[Config]) -> list[Asked]:
+    if isinstance(config, Mapping):
+        return expand({TABLE: {}, **config})
+    if not config:
+        raise ConfigError("no run to train", "an empty list", "Give a config for each run")
+    parsed = [_parsed(one) for one in config]
+    digits = len(str(len(parsed) - 1))
+    return [Asked(f"{n:0{digits}}-{one.method.name}", one) for n, one in enumerate(parsed)]

@@ -19,6 +19,7 @@ from shared.view import View
 from train.order import Order
 from train.reader import Reader
 
+SLOTS = 4  # batches that are loaded ahead
 PIECE_BYTES = 2**20  # of a source's rows that are gathered before they are cast, on the CPU
 
 
@@ -61,7 +62,7 @@ class Loader:
 
     def __init__(
         self, store: View, sources: list[str], order: Order, batch: int, steps: range, device: torch.device,
-        threads: int = 1, slots: int = 4, rank: int = 0, world: int = 1, reuse: bool = False,
+        threads: int = 1, slots: int = SLOTS, rank: int = 0, world: int = 1, reuse: bool = False,
     ) -> None:  # fmt: skip
         assert batch > 0 and threads > 0 and slots > 0 and len(order.kept_N) == store.rows
         self.order, self.batch, self.device, self.rank, self.world = order, batch, device, rank, world

@@ -3,8 +3,8 @@
 Letters: B rows of a batch, N rows measured, D width of a source, L latents, W writers.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -148,10 +148,6 @@ def evaluating(dictionary: Dictionary) -> Iterator[None]:
         dictionary.train(training)
 
 
-def sources_of(dictionary: Dictionary) -> list[str]:
-    return list(dictionary.wiring.widths)
-
-
 def measure(
     dictionary: Dictionary, store: View, most: int = 131_072, rows: RowsConfig | None = None, quiet: bool = False
 ) -> dict[str, Any]:
@@ -161,25 +157,40 @@ def measure(
     training (none: the default one) keeps.
     Raises StoreError where no held-out row is left.
     """
-    for source, width in dictionary.wiring.widths.items():
-        if store.source(source).width != width:
-            found = f"{source} has {store.source(source).width}, the dictionary {width}"
-            raise StoreError("another width of rows than the dictionary's", found, "Give the store it was trained on")
-    device = dictionary.activation.bias_L.device
-    with evaluating(dictionary):
-        measures = []
+    [figures] = measure_all([dictionary], store, most, rows, quiet)
+    return figures
+
+
+def measure_all(
+    dictionaries: Sequence[Dictionary], store: View, most: int, rows: RowsConfig | None, quiet: bool
+) -> list[dict[str, Any]]:
+    """The figures of each, as `measure` gives them: the rows are read once for all."""
+    widths = {name: width for one in dictionaries for name, width in one.wiring.widths.items()}
+    for one in dictionaries:
+        for source, width in one.wiring.widths.items():
+            if (found := store.source(source).width) != width:
+                value, way_out = f"{source} has {found}, the dictionary {width}", "Give the store it was trained on"
+                raise StoreError("another width of rows than the dictionary's", value, way_out)
+    device = dictionaries[0].activation.bias_L.device
+    measured: list[list[Measure]] = []
+    with ExitStack() as stack:
+        for one in dictionaries:
+            stack.enter_context(evaluating(one))
         for kept_N, what in (
             (require_held_out(store, rows), "measuring, held out"),
             (of_split(store, rows, "train"), "measuring, training"),
         ):
             sampled = Order(kept_N, store.chunk_rows, 1, seed=0).sample(most, seed=0) if kept_N.any() else NOTHING
-            one = Measure(dictionary)
-            batches = _batches(store, dictionary, sampled, device)
+            measures = [Measure(one) for one in dictionaries]
+            batches = _batches(store, list(widths), sampled, device)
             for x in bar(what, "batches", -(-len(sampled) // BATCH), batches, quiet):
-                one.add(x)
-            measures.append(one)
-        held_out, training = measures
-        return held_out.result(training.fires_L) | {"training_rows": training.rows}
+                for each in measures:
+                    each.add(x)
+            measured.append(measures)
+    held_out, training = measured
+    return [
+        one.result(other.fires_L) | {"training_rows": other.rows} for one, other in zip(held_out, training, strict=True)
+    ]
 
 
 def of_split(store: View, rows: RowsConfig | None, split: str) -> np.ndarray:
@@ -198,8 +209,8 @@ def require_held_out(store: View, rows: RowsConfig | None) -> np.ndarray:
 
 
 def _batches(
-    store: View, dictionary: Dictionary, rows: np.ndarray, device: torch.device
+    store: View, sources: Sequence[str], rows: np.ndarray, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    with Reader(store, sources_of(dictionary)) as reader:
+    with Reader(store, sources) as reader:
         for _, stored in reader.stream(rows, BATCH):
             yield {n: layout.floats(x).to(device).float() * store.factor(n) for n, x in stored.items()}

@@ -166,6 +166,28 @@ def companions(batch: int, block_rows: int, window_rows: int) -> float:
     return batch * block_rows / window_rows
 
 
+def own_document(order: Order, starts_n: np.ndarray, batch: int) -> float:
+    """How many rows of its own document a kept row is expected to find in its batch, on average.
+
+    Those of its own block share its window; of the others in its document, as many as other blocks fall into the same
+    window; of the window, a batch takes its share:
+
+        (in the own block + elsewhere x (W - 1) / (X - 1)) x (B - 1) / (kept rows of a window - 1)
+
+    `starts_n`: the first row of each document, ascending.
+    """
+    edges = np.union1d(starts_n, np.arange(0, len(order.kept_N), order.block_rows))
+    edges = edges[edges < len(order.kept_N)]
+    piece = np.add.reduceat(order.kept_N, edges, dtype=np.int64)  # kept rows of a block and a document
+    document = np.searchsorted(starts_n, edges, side="right")
+    whole = np.bincount(document, weights=piece)[document]
+    near = float((piece * (piece - 1)).sum()) / order.kept
+    far = float((piece * (whole - piece)).sum()) / order.kept
+    share = (order.window_blocks - 1) / max(order.blocks - 1, 1)
+    window = order.kept * order.window_blocks / order.blocks
+    return (near + far * share) * (batch - 1) / max(window - 1, 1)
+
+
 def _key(*parts: int) -> int:
     key = 0
     for part in parts:

@@ -99,15 +99,27 @@ def _short(value: float | None, form: str = "") -> str:
 
 def text(figures: Mapping[str, Any]) -> str:
     """The tables for a terminal."""
-    blocks = []
-    for table in tables(figures):
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        rows = [
-            "  ".join(_aligned(cell, width, n == 0) for n, (cell, width) in enumerate(zip(row, widths, strict=True)))
-            for row in table
-        ]
-        blocks.append("\n".join(rows))
-    return "\n\n".join(blocks)
+    return "\n\n".join(aligned(table) for table in tables(figures))
+
+
+def compared(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures of several runs side by side, for a terminal: {name: figures}."""
+    sources = list(dict.fromkeys(name for one in runs.values() for name in one["sources"]))
+    rows = [["run", *(f"FVE {name}" for name in sources), "L0", "dead"]]
+    for name, one in runs.items():
+        found = [_short(one["sources"].get(source, {}).get("fve"), ".4f") for source in sources]
+        rows.append([name, *found, f"{one['l0']:.2f}", f"{one['dead']:.2%}"])
+    return aligned(rows)
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Columns of text: the first one to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rows = [
+        "  ".join(_aligned(cell, width, n == 0) for n, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in table
+    ]
+    return "\n".join(rows)
 
 
 def _aligned(cell: str, width: int, left: bool) -> str:

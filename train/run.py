@@ -12,11 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shared import config as configs
 from shared import files
-from shared.errors import CheckpointError, TrainingError
+from shared.errors import CheckpointError, ConfigError, StoreError, TrainingError
+from shared.family import open_family
 from shared.log import Log
 from shared.view import View
 from train import checkpoint, report
@@ -37,22 +39,93 @@ def require_free(folder: str | Path | None) -> None:
 
 
 def claim(folder: str | Path | None, config: TrainConfig) -> Path:
-    """The run's folder with its config.toml, which one run alone can make."""
-    name = f"{config.wiring.kind}-{config.method.name}-{config.wiring.latents}"
+    """The run's folder with its config.toml, which one run alone can make; none: a new one below runs/."""
+    path = (
+        _new(f"{config.wiring.kind}-{config.method.name}-{config.wiring.latents}") if folder is None else Path(folder)
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with (path / report.CONFIG).open("x", encoding="utf-8") as file:
+            file.write(configs.to_toml(config))
+    except FileExistsError:
+        raise _taken(path) from None
+    return path
+
+
+def claim_sweep(folder: str | Path | None) -> Path:
+    """The folder of several runs; none: a new one below runs/."""
+    path = _new("sweep") if folder is None else Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _new(name: str) -> Path:
+    """A folder below runs/ that this call has made."""
     numbered = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
-    for path in [Path(folder)] if folder is not None else numbered:
+    for path in numbered:
         with suppress(FileExistsError):
-            path.mkdir(parents=True, exist_ok=folder is not None)
-            with (path / report.CONFIG).open("x", encoding="utf-8") as file:
-                file.write(configs.to_toml(config))
+            path.mkdir(parents=True)
             return path
-    raise _taken(str(folder))
+    raise AssertionError
 
 
 def _taken(folder: str | Path) -> CheckpointError:
     return CheckpointError(
         "this folder holds a run already", folder, f"Give another folder (--out), or: train resume {folder}"
     )
+
+
+def begin(folder: Path, store: View, sources: list[str]) -> None:
+    """Write down what a run is trained on, so that it can go on from here."""
+    files.write_json(folder / report.STORE, origin(store, sources))
+
+
+def folders_of(place: Path) -> list[Path]:
+    """The runs in a folder, or the one that it is itself. Raises CheckpointError where there is none."""
+    runs = [place] if (place / report.CONFIG).exists() else [one.parent for one in place.glob(f"*/{report.CONFIG}")]
+    if not runs:
+        raise CheckpointError("no run here", place, "Give the folder of a run, or of a sweep")
+    return sorted(runs)
+
+
+def config_of(folder: Path) -> TrainConfig:
+    """What a run was told. Raises CheckpointError where there is none, or one that had not begun."""
+    try:
+        asked = configs.parse(TrainConfig, configs.read_toml(folder / report.CONFIG))
+    except ConfigError as error:
+        raise CheckpointError("no run here", folder, f"Give the folder of a run ({error})") from None
+    if not (folder / report.STORE).exists():
+        raise CheckpointError("this run was stopped before it began", folder, "Remove the folder, and run it again")
+    return asked
+
+
+def store_of(folder: Path, store: View | None = None) -> View:
+    """The store that a run began on, where it was or as it is given. Raises StoreError where it is another one."""
+    began = files.read_json(folder / report.STORE)
+    opened = store or open_family(began["path"])
+    if (opened.header.id, opened.seals) != (began["id"], began.get("seals")):
+        way_out = f"Give the store whose id begins with {began['id'][:12]}, as it was"
+        raise StoreError("this is not the store that the run began on", opened.path, way_out)
+    return opened
+
+
+def finished(folder: Path) -> bool:
+    return (folder / report.PAGE).exists()
+
+
+def ended(folder: Path, log: Path) -> TrainingError:
+    """Why a run that another process trained is not finished: its own last word, or where that process's stand."""
+    lines = (
+        (folder / report.METRICS).read_text(encoding="utf-8").splitlines() if (folder / report.METRICS).exists() else []
+    )
+    last = json.loads(lines[-1]) if lines else {}
+    return TrainingError("the run ended", last.get("error", "before its end"), f"See {log}")
+
+
+def kept_step(folder: Path) -> int:
+    """The step of the last checkpoint; 0 where there is none."""
+    found = checkpoint.steps(folder / CHECKPOINTS)
+    return int(found[-1].name.removeprefix("step_")) if found else 0
 
 
 @contextmanager
@@ -100,7 +173,8 @@ class Training:
 
     def update(self, x: Mapping[str, Tensor], **told: Any) -> dict[str, float] | None:
         """One step on raw rows. The figures that were logged, or none. Raises TrainingError."""
-        record = self.trainer.update(x)
+        with _memory_minded(self.trainer.step):
+            record = self.trainer.update(x)
         step, every = self.trainer.step, self.config.log
         logs, saves = (self.finished or step % n == 0 for n in (every.every, every.checkpoint))
         if not (logs or saves):
@@ -121,6 +195,18 @@ class Training:
             raise TrainingError("the store has changed under this run", self._store.path, way_out)
         checkpoint.save(self.trainer, self.folder / CHECKPOINTS, self._identity, self.config.log.keep)
         self._kept = self.trainer.step
+
+
+@contextmanager
+def _memory_minded(step: int) -> Iterator[None]:
+    """Too little memory is a fault of this run, and none of those that are trained beside it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch says of the CPU's memory only in words that it is short
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        way_out = "Lower batch or wiring.latents"
+        raise TrainingError("out of memory", f"{str(error).partition(chr(10))[0]} at step {step}", way_out) from None
 
 
 def _cut(metrics: Path, step: int) -> None:

@@ -48,10 +48,10 @@ class Trainer:
         out = self.dictionary(x)
         values = {term.name: term(self.dictionary, out, now) for term in self.terms}
         loss = torch.stack([term.weight(self.step) * values[term.name] for term in self.terms]).sum()
-        self.optimiser.zero_grad()
         loss.backward()
         gradient = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimiser.clip)
         self.optimiser.step()
+        self.optimiser.zero_grad()  # here, so that trainers that wait for their turn hold none
         with torch.no_grad():
             self.dictionary.activation.observe(out.code, out.norm_L)
             fires_L = out.code.fires_L()

@@ -24,9 +24,9 @@ from shared.store import Store
 from tests.benchmarks.pairs import interleaved, report
 from tests.build import make_store
 from train.filter import kept_rows
-from train.fit import order_of
 from train.loader import Loader
 from train.order import Order
+from train.prepare import order_of
 
 BATCH, BATCHES, ROWWISE = 4096, 96, 12  # the last: batches of what takes a row a call
 LIMITS = {"memory": 0.9, "torch": 20.0}

@@ -120,8 +120,12 @@ def test_a_run_that_is_terminated_says_how_to_go_on_and_goes_on(
     assert figures == json.loads((run / "measure.json").read_text())
     finished = say("resume", out, "--json")
     assert json.loads(finished.out) == {"folder": str(out), **figures} and finished.err == ""
-    wrong = say("resume", tmp_path)
-    assert wrong.code == 1 and wrong.err.startswith(f"error: no run here: {tmp_path}. ") and wrong.err.count("\n") == 1
+    wrong = say("resume", out / "checkpoints")
+    assert (
+        wrong.code == 1
+        and wrong.err.startswith(f"error: no run here: {out / 'checkpoints'}. ")
+        and wrong.err.count("\n") == 1
+    )
 
 
 def test_measure_gives_the_figures_of_the_run(store: Store, say: Say, run: Path) -> None:

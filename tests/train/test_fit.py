@@ -1,6 +1,5 @@
 """A run from store to report: its folder, its sameness, and what it refuses before any work."""
 
-import importlib
 import json
 import shutil
 import signal
@@ -21,10 +20,11 @@ from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, Tra
 from shared.store import Store
 from tests import cases
 from tests.build import make_store
-from train import checkpoint, report
+from train import checkpoint, prepare, report
+from train import measure as measures
 from train.config import TrainConfig
 from train.dictionary import Dictionary
-from train.fit import Run, fit, prepare, resume
+from train.fit import Run, fit, resume
 from train.measure import measure
 from train.trainer import Trainer
 
@@ -135,7 +135,7 @@ def test_figures_are_those_of_the_saved_dictionary_on_the_store(run: Run, store:
 def test_the_last_checkpoint_holds_the_weights_of_the_dictionary(run: Run, store: Store) -> None:
     config = configs.parse(TrainConfig, ASKED)
     identity = {"store": store.header.id, "seals": store.seals, "config": config.model_dump(mode="json")}
-    trainer = prepare(store, config).trainer
+    trainer = prepare.blank(prepare.ready(store, [config])[0])
     checkpoint.load(trainer, run.folder / "checkpoints" / "step_00000012", identity)
     state = run.dictionary.state_dict()
     assert trainer.step == 12
@@ -219,15 +219,14 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(
     """Both are past every check before either has made its folder."""
     monkeypatch.chdir(tmp_path)
     both = threading.Barrier(2)
-    fits = importlib.import_module("train.fit")  # train.fit is the function
-    genuine = fits.prepare
+    genuine = prepare.ready
 
-    def prepare(*given: Any) -> Any:
+    def ready(*given: Any) -> Any:
         made = genuine(*given)
         both.wait(60)
         return made
 
-    monkeypatch.setattr(fits, "prepare", prepare)
+    monkeypatch.setattr(prepare, "ready", ready)
     path = store.path.absolute()
 
     def run(seed: int, folder: str | None) -> Path | str:
@@ -361,10 +360,9 @@ def test_a_run_goes_on_from_any_of_its_stages(
     def killed(*given: Any, **named: Any) -> None:
         raise KilledError
 
-    fits = importlib.import_module("train.fit")
     places = {
         "before the first step": (Trainer, "update"), "behind the last": (Dictionary, "save"),
-        "while it is measured": (fits.measure, "measure"), "at the page": (report, "write"),
+        "while it is measured": (measures, "measure_all"), "at the page": (report, "write"),
     }  # fmt: skip
     with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(*places[moment], killed)
@@ -437,11 +435,3 @@ def test_what_is_no_run_does_not_go_on(tmp_path: Path, stopped: Path) -> None:
     (stopped / "config.toml").write_text("")
     with pytest.raises(CheckpointError, match=r"no run here: .*missing key: wiring"):
         resume(stopped, quiet=True)
-
-
-def test_runs_on_other_sources_of_a_store_serve_the_same_rows_in_the_same_order(store: Store) -> None:
-    orders = [
-        prepare(store, configs.parse(TrainConfig, {**ASKED, "seed": seed, "wiring": {"latents": 8, **wiring}})).order
-        for seed, wiring in ((0, {}), (1, {"kind": "autoencoder", "sources": ["b"]}))
-    ]
-    assert np.array_equal(orders[0].rows(0, 900), orders[1].rows(0, 900))

@@ -13,6 +13,7 @@ from train.order import (
     Order,
     companions,
     default_window_blocks,
+    own_document,
     permutation,
     splitmix64,
 )
@@ -177,6 +178,22 @@ def test_the_open_window_begins_at_its_first_block_and_holds_the_row_at_the_posi
     assert opened % order.blocks % order.window_blocks == 0
     window = order.starts(opened, min(opened + order.window_blocks, (order.epoch(position) + 1) * order.blocks))
     assert (order.rows(position, position + 1) // order.block_rows * order.block_rows)[0] in window
+
+
+@pytest.mark.parametrize(("window_blocks", "batch"), [(8, 60), (25, 100), (100, 64)])
+def test_own_document_is_what_batches_show_for_documents_of_any_length(window_blocks: int, batch: int) -> None:
+    chance = np.random.default_rng(0)
+    starts = np.cumsum([0, *chance.integers(1, 90, 70)])
+    rows = 1600
+    starts = starts[starts < rows]
+    order = Order(chance.random(rows) < 0.7, 16, window_blocks, seed=0)
+    document_N = np.searchsorted(starts, np.arange(rows), side="right")
+    found = []
+    for step in range(150 * order.kept // batch):
+        if order.opened(step * batch) == order.opened((step + 1) * batch - 1):  # the formula is for one window
+            _, counts = np.unique(document_N[order.step(step, batch)], return_counts=True)
+            found.append((counts * (counts - 1)).sum() / batch)
+    assert np.mean(found) == pytest.approx(own_document(order, starts, batch), rel=0.05)
 
 
 DOCUMENTS, LENGTH = 2000, 100

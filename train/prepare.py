@@ -1,0 +1,117 @@
+"""A config and a store -> a trainer that can begin. What can be wrong is refused here, before anything is written."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shared import config as configs
+from shared import layout
+from shared.device import device_of
+from shared.errors import ConfigError
+from shared.view import View
+from train import dictionary, measure, scale, wiring
+from train.config import TrainConfig
+from train.filter import Kept, kept_rows, require_rows
+from train.order import Order, default_window_blocks
+from train.scale import Scale
+from train.trainer import Trainer
+from train.wiring import Wiring
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that can begin: its config, and what follows from it on its store."""
+
+    config: TrainConfig
+    wiring: Wiring
+    order: Order
+    dropped: dict[str, int]
+    device: torch.device
+
+    @property
+    def sources(self) -> list[str]:
+        return list(self.wiring.widths)
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.wiring.kind} {self.config.method.name}"
+
+
+def ready(store: View, asked: Sequence[TrainConfig]) -> list[Ready]:
+    """Check everything that can be wrong with these runs. Runs that serve the same rows share one order.
+
+    Raises ConfigError, WiringError or StoreError for the first that cannot be used.
+    """
+    kept: dict[str, Kept] = {}
+    orders: dict[tuple[str, int], Order] = {}
+    return [_ready(store, one, kept, orders) for one in asked]
+
+
+def _ready(store: View, asked: TrainConfig, kept: dict[str, Kept], orders: dict[tuple[str, int], Order]) -> Ready:
+    wires = _wiring(store, asked)
+    if asked.method.settled() > asked.steps:
+        value = f"{asked.method.settled()} > {asked.steps}"
+        raise ConfigError("the method's schedule is longer than the run", value, "Raise steps, or shorten the schedule")
+    with torch.device("meta"):  # without the memory
+        asked.method.build(wires, asked.steps)  # refuses before the store is read, as does the next line
+    device = device_of(asked.device)
+    order, dropped = _order(store, asked, kept, orders)
+    if asked.batch > order.kept:
+        value = f"{asked.batch:,} > {order.kept:,}"
+        raise ConfigError("the batch is larger than the rows that are kept", value, "Lower batch, or harvest more rows")
+    return Ready(asked, wires, order, dropped, device)
+
+
+def _order(
+    store: View, asked: TrainConfig, kept: dict[str, Kept], orders: dict[tuple[str, int], Order]
+) -> tuple[Order, dict[str, int]]:
+    """The order of a run's rows, and what dropped the others; from the first run that asked for it."""
+    rows = configs.canonical(asked.rows.model_dump(mode="json"))
+    if rows not in kept:
+        measure.require_held_out(store, asked.rows)  # the figures come last, and must not fail then
+        kept[rows] = kept_rows(store, asked.rows)
+        require_rows(kept[rows])
+    if (rows, asked.batch) not in orders:
+        orders[rows, asked.batch] = order_of(store, kept[rows], asked.batch, asked.rows.seed)
+    return orders[rows, asked.batch], kept[rows].dropped
+
+
+def _wiring(store: View, asked: TrainConfig) -> Wiring:
+    sources = asked.wiring.sources or list(store.header.sources)
+    widths = {name: store.source(name).width for name in sources}
+    if len(widths) < len(sources):
+        raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
+    return wiring.build(asked.wiring.kind, widths, asked.wiring.latents, asked.wiring.exclusive)
+
+
+def order_of(store: View, kept: Kept, batch: int, seed: int) -> Order:
+    """The order of these rows. Its blocks are those of the store, whichever sources a run reads: runs can share it."""
+    block_rows = layout.block_rows(store.chunk_rows, 2 * min(source.width for source in store.header.sources.values()))
+    return Order(kept.kept_N, block_rows, default_window_blocks(batch), seed)
+
+
+def fresh(store: View, made: Ready, known: dict[str, Scale]) -> Trainer:
+    """The trainer at step 0. `known` keeps scales, which read the store, for runs that have the same."""
+    asked = made.config
+    key = configs.canonical([made.sources, asked.scale.model_dump(), asked.rows.model_dump(mode="json")])
+    if key not in known:
+        known[key] = scale.fit(store, made.sources, made.order, asked.scale.kind, asked.scale.centre)
+    return initialised(made, copy.deepcopy(known[key]))
+
+
+def initialised(made: Ready, scaled: Scale) -> Trainer:
+    """The trainer at step 0, over rows of this scale."""
+    trainer = blank(made, scaled)
+    length = made.config.wiring.decoder_norm or dictionary.default_decoder_norm(made.wiring)
+    trainer.dictionary.initialise(made.config.seed, length)
+    return trainer
+
+
+def blank(made: Ready, scaled: Scale | None = None) -> Trainer:
+    """The trainer with weights of 0, and (none given) without a scale: for a checkpoint to fill."""
+    asked = made.config
+    scaled = scaled or Scale(made.wiring.widths)
+    built, terms = dictionary.create(made.wiring, asked.method, scaled, asked.wiring.norm, asked.steps)
+    return Trainer(built.to(made.device), list(terms), asked)

@@ -1,0 +1,191 @@
+"""The runs of one pass: trained on one loader, each as if it were alone."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shared import files
+from shared.device import torch_threads
+from shared.errors import GranaryError, Stopped, deferred_stop
+from shared.log import Log, bar
+from shared.view import View
+from train import measure, prepare, report, run
+from train.loader import Loader
+from train.order import companions
+from train.prepare import Ready
+from train.scale import Scale
+
+
+class Member:
+    """One run of a pass: its folder, what it needs, and what became of it.
+
+    begin -> update, until it is `finished` or has an `error` -> finish
+    """
+
+    def __init__(self, folder: Path, ready: Ready, goes_on: bool = False) -> None:
+        self.folder, self.ready, self.config = folder, ready, ready.config
+        self.error: GranaryError | None = None
+        self.shown: Mapping[str, float] = {}  # the latest figures
+        self._goes_on = goes_on
+        self._training: run.Training | None = None
+
+    @property
+    def training(self) -> run.Training:
+        assert self._training is not None
+        return self._training
+
+    @property
+    def kept_step(self) -> int:
+        """The step of the last checkpoint; 0 where there is none."""
+        return run.kept_step(self.folder)
+
+    @property
+    def runs(self) -> bool:
+        return self.error is None and not self.training.finished
+
+    def begin(self, store: View, log: Log, scales: dict[str, Scale]) -> None:
+        """Build the trainer, or go back to the last checkpoint. Raises CheckpointError, StoreError or TrainingError."""
+        trainer = prepare.blank(self.ready) if self.kept_step else prepare.fresh(store, self.ready, scales)
+        self._training = run.Training(self.folder, self.config, trainer, store, log)
+        self._training.resume()
+        log.attach(self.folder / report.METRICS)
+        if self._goes_on:
+            told = f"going on with {self.folder} at step {trainer.step:,} of {self.config.steps:,}"
+            log.event("resume", told, step=trainer.step)
+        else:
+            order = self.ready.order
+            mixing = companions(self.config.batch, order.block_rows, order.window_rows)
+            log.event("start", self._opening(), dropped=self.ready.dropped, kept=order.kept, companions=mixing)
+
+    def update(self, x: Mapping[str, Tensor], **told: Any) -> None:
+        """One step on the rows of its own sources."""
+        epoch = self.ready.order.epoch((self.training.trainer.step + 1) * self.config.batch)
+        with self.minded():
+            own = {name: x[name] for name in self.ready.sources}
+            self.shown = self.training.update(own, epoch=epoch, **told) or self.shown
+
+    @contextmanager
+    def minded(self) -> Iterator[None]:
+        """A fault of this run ends it, and leaves the others alone."""
+        try:
+            yield
+        except GranaryError as error:
+            self.error = error
+            if self._training is not None:
+                step = self._training.trainer.step
+                self._training.log.event("failed", f"{self.folder} failed at step {step:,}", error=str(error))
+            self.release()
+
+    def keep(self) -> None:
+        """Write a checkpoint of what it is now."""
+        with self.minded():
+            self.training.keep()
+
+    def stopped(self) -> None:
+        if self._training is not None:
+            self._training.log.event("stop", step=self._training.trainer.step)
+
+    def finish(self, figures: Mapping[str, Any]) -> None:
+        """Write down the figures, and report."""
+        files.write_json(self.folder / report.MEASURE, figures)
+        self.training.log.event("measure", figures=figures)
+        report.write(self.folder)
+
+    def release(self) -> None:
+        """Let its memory go."""
+        self._training = None
+
+    def _opening(self) -> str:
+        asked, order = self.config, self.ready.order
+        short = asked.optimiser.warmup >= asked.steps
+        note = "\noptimiser.warmup is as long as the run: the learning rate never reaches its peak" if short else ""
+        dropped = ", ".join(f"{name} {count:,}" for name, count in self.ready.dropped.items() if count)
+        return (
+            f"training {self.ready.name} in {self.folder}: {order.kept:,} rows (dropped: {dropped or 'none'}), "
+            f"{asked.steps:,} steps of {asked.batch:,} rows, {asked.steps * asked.batch / order.kept:.1f} epochs{note}"
+        )
+
+
+def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> None:
+    """Train runs to their ends, measure and report. Each then has an error, or its figures in its folder.
+
+    `place` is what a user who stopped them gives to `train resume`.
+    """
+    scales: dict[str, Scale] = {}
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads(members[0].config.threads))
+        console = stack.enter_context(Log(quiet=quiet))
+        for one in members:
+            with one.minded():
+                stack.enter_context(run.held(one.folder))
+                one.begin(store, stack.enter_context(Log(quiet=quiet)), scales)
+        try:
+            while running := [one for one in members if one.runs]:  # a stop may be one that its handler does not mind
+                _steps(store, running, quiet)
+            _finish(store, [one for one in members if one.error is None], quiet)
+        except (Stopped, KeyboardInterrupt):
+            reached = max(one.training.trainer.step for one in members if one.error is None)
+            for one in members:
+                one.stopped()
+            console.event("stop", f"stopped at step {reached:,}; to go on: train resume {place}")
+            raise
+        finally:
+            for one in members:
+                one.release()
+
+
+def _steps(store: View, running: list[Member], quiet: bool) -> None:
+    """All steps that are left, or until a signal comes."""
+    ready, done = running[0].ready, running[0].training.trainer.step
+    assert all(one.training.trainer.step == done for one in running)
+    steps, started = range(done, max(one.config.steps for one in running)), time.monotonic()
+    sources = list(dict.fromkeys(name for one in running for name in one.ready.sources))
+    with (
+        deferred_stop() as stopping,
+        Loader(store, sources, ready.order, ready.config.batch, steps, ready.device, reuse=True) as loader,
+        bar("training", "steps", steps.stop, quiet=quiet, done=done) as progress,
+    ):
+        for rows in loader:
+            seconds = time.monotonic() - started
+            speed = {"rows_s": loader.rows_served / seconds, "waited_s": loader.waited_s}
+            for one in running:
+                one.update(rows.x, **speed)
+            progress.set_postfix(_shown(running, loader.waited_s / seconds), refresh=False)
+            progress.update()
+            running = [one for one in running if one.runs]
+            if stopping():
+                for one in running:
+                    one.keep()
+            if stopping() or not running:
+                break
+
+
+def _finish(store: View, members: Sequence[Member], quiet: bool) -> None:
+    """Save and measure, those that read the same rows at once."""
+    alike: dict[int, list[Member]] = {}
+    for one in members:
+        one.training.trainer.dictionary.eval().save(one.folder / "dictionary")
+        alike.setdefault(one.config.log.measure_rows, []).append(one)
+    for most, some in alike.items():
+        trained = [one.training.trainer.dictionary for one in some]
+        for one, figures in zip(
+            some, measure.measure_all(trained, store, most, some[0].config.rows, quiet), strict=True
+        ):
+            one.finish(figures)
+
+
+def _shown(running: Sequence[Member], stalled: float) -> dict[str, str]:
+    """The latest figures behind the bar, of several runs from the least to the largest; `stall` is the share of the
+    time that was spent waiting for rows."""
+    forms = {"loss": "{:.4g}", "l0": "{:.1f}", "dead": "{:.1%}"}
+    names = dict.fromkeys(key for one in running for key in one.shown if key in forms or key.startswith("fve/"))
+    shown = {"runs": str(len(running))} if len(running) > 1 else {}
+    for name in names:
+        values = [one.shown[name] for one in running if name in one.shown]
+        ends = dict.fromkeys(forms.get(name, "{:.3f}").format(value) for value in (min(values), max(values)))
+        shown[name] = "..".join(ends)
+    return shown | {"stall": f"{stalled:.0%}"} if names else {}
