@@ -28,15 +28,15 @@ from harvest.config import HarvestConfig
 from shared import hooks
 from shared.config import Config
 from train import measure, method
-from train.config import TrainConfig
+from train.config import FileConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 APPS: dict[str, Typer] = {"harvest": harvest.cli.app, "train": train.cli.app}
-CONFIGS: dict[str, type[Config]] = {"harvest": HarvestConfig, "train": TrainConfig}
+CONFIGS: dict[str, type[Config]] = {"harvest": HarvestConfig, "train": FileConfig}
 
 WORDS: dict[Any, str] = {
     str: "text", int: "integer", float: "number", bool: "true or false", Path: "path", types.NoneType: "none",
-    datetime.date: "date",
+    datetime.date: "date", Any: "any value",
 }  # fmt: skip
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 

@@ -15,13 +15,14 @@ import pytest
 from typer.testing import CliRunner
 
 import shared.errors
-from shared.config import Config, keys_of, parse
+from shared.config import keys_of, parse
 from shared.errors import ConfigError
 from shared.header import Header
 from shared.hooks import KINDS
 from tests import reference
 from tests.build import make_store
 from train import method
+from train.sweep import expand
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -246,9 +247,9 @@ def test_a_command_line_that_is_wrong_is_noticed(line: str, problem: str | None)
 # --- configs, code, links, format -----------------------------------------------------------------------------------
 
 
-def _checked(tables: Mapping[str, Any]) -> Config:
-    stage = "harvest" if {"models", "corpus", "corpora"} & tables.keys() else "train"
-    return parse(reference.CONFIGS[stage], tables)
+def _checked(tables: Mapping[str, Any]) -> object:
+    harvests = {"models", "corpus", "corpora"} & tables.keys()
+    return parse(reference.CONFIGS["harvest"], tables) if harvests else expand(tables)
 
 
 @pytest.mark.parametrize("file", TOMLS, ids=name_of)

@@ -111,7 +111,7 @@ def resume_sweep(
     Those that failed begin at their last checkpoint. `memory` and `gpus` are those of `sweep`.
     """
     given = [Path(one) for one in ([places] if isinstance(places, str | Path) else places)]
-    folders = [path for one in given for path in run.folders_of(one)]
+    folders = list(dict.fromkeys(path for one in given for path in run.folders_of(one)))
     left = [path for path in folders if not run.finished(path)]
     if not left:
         return _results(given[0], folders, {})

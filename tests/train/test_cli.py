@@ -63,6 +63,54 @@ def run(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fit(store, asked, tmp_path_factory.mktemp("runs") / "run", quiet=True).folder
 
 
+def test_a_grid_prints_its_runs_side_by_side_and_what_failed(store: Store, say: Say, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    said = say("run", store.path, *SMALL, "--method", "topk", "--grid", "optimiser.lr=1e-3,1e30", "--out", out)
+    assert said.code == 1
+    assert said.err.splitlines()[-1] == f"error: runs failed: 1 of 2. To go on with them: train resume {out}"
+    lines = said.out.splitlines()
+    assert lines[0].split() == ["run", "FVE", "a", "FVE", "b", "L0", "dead"] and lines[1].split()[0] == "0-lr=0.001"
+    assert lines[3:5] == [f"store   {store.path}", f"runs    {out}"]
+    assert lines[5].startswith("1-lr=1e+30: the loss is not finite")
+    again = say("resume", out, "--json")
+    told = json.loads(again.out)
+    assert again.code == 1 and list(told["runs"]) == ["0-lr=0.001"] and list(told["failed"]) == ["1-lr=1e+30"]
+    two = say("resume", out / "0-lr=0.001", out / "0-lr=0.001")
+    assert two.code == 0 and two.out.count("\n0-lr=0.001 ") == 1
+
+
+def test_a_plan_of_a_run_and_of_a_sweep_in_text_and_json(
+    store: Store, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = say("plan", store.path, *SMALL, "--method", "topk")
+    assert said.code == 0 and said.out.startswith(f"store    {store.path}: 200 rows\nrows     ") and said.err == ""
+    told = json.loads(say("plan", store.path, *SMALL, "--method", "topk", "--grid", "seed=0,1", "--json").out)
+    assert [one["run"] for one in told["runs"]] == ["0-seed=0", "1-seed=1"] and told["passes"] == [
+        ["0-seed=0", "1-seed=1"]
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--grid", "method.k"], "wrong value for sweep.grid.method.k: []. Give a list of values, such as [1]"),
+        (["--grid", "method.kk=1,2"], "unknown key: method.kk. Did you mean"),
+        (["--grid", "seed=1,1"], "two runs of the sweep are the same: 0-seed=1 and 1-seed=1. Leave one out"),
+        (["--grid", "seed=0,1", "--gpus", "x"], "wrong value for --gpus: x. Give numbers, such as 0,1, or: all"),
+        (["--grid", "seed=0,1", "--memory", "0.0000001"], "the run does not fit into memory: "),
+        (["--set", "sweep=3"], "wrong value for sweep"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_line(
+    store: Store, say: Say, tmp_path: Path, options: list[str], told: str
+) -> None:
+    said = say("run", store.path, *SMALL, "--method", "topk", *options, "--out", tmp_path / "out")
+    assert said.code == 2 and said.err.startswith(f"error: {told}") and said.err.count("\n") == 1, said.err
+    assert said.out == "" and not (tmp_path / "out").exists()
+
+
 def test_run_prints_its_figures_and_where_everything_is(store: Store, say: Say, tmp_path: Path) -> None:
     out = tmp_path / "here"
     said = say("run", store.path, "--method", "batch_topk", "--wiring", "dedicated", *SMALL, "--out", out)
