@@ -78,6 +78,7 @@ MODULES: dict[str, dict[str, str]] = {
         "loader": "threads -> a ring of slots -> batches on the device",
         "schedule": "values over steps, as polylines",
         "wiring": "spans: which latents each source reads into and writes from",
+        "parallel": "what the ranks of torchrun agree on; one process is one rank",
         "kernels": "sparse select, decode and backward, each beside its dense reference",
         "code": "pre-activations, codes, and the record of a forward pass; what makes codes",
         "objective": "the terms of a loss",

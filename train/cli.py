@@ -14,13 +14,13 @@ from shared.family import open_family
 from shared.view import View
 from train import measure as measuring
 from train import method as method_files
-from train import report
+from train import parallel, report
 from train.config import LogConfig, TrainConfig
 from train.dictionary import Dictionary
 from train.fit import Run, Sweep, fit, resume_sweep, sweep
 from train.fit import resume as going_on
 from train.outlook import outlook, text
-from train.run import folders_of
+from train.run import config_of, folders_of
 from train.sweep import TABLE, expand
 
 app = typer.Typer(
@@ -88,11 +88,12 @@ def run(
          "steps": steps, "batch": batch, "seed": seed, "device": device, "threads": threads},
     )  # fmt: skip
     folder = None if out is None else remote.local(out, "A run is written to a folder (--out)")
-    if TABLE in asked or gpus is not None:
+    with parallel.joined(str(asked.get("device", "auto"))):
         store = _opened(cache, below, as_json)
-        _tell_all(sweep(store, asked, folder, memory=_bytes(memory), gpus=_numbers(gpus)), cache, as_json)
-    else:
-        _tell(fit(_opened(cache, below, as_json), asked, folder), cache, as_json)
+        if TABLE in asked or gpus is not None:
+            _tell_all(sweep(store, asked, folder, memory=_bytes(memory), gpus=_numbers(gpus)), cache, as_json)
+        else:
+            _tell(fit(store, asked, folder), cache, as_json)
 
 
 @app.command()
@@ -131,11 +132,13 @@ def resume(
     Example: train resume runs/dedicated-batch_topk-16384
     """
     folders = [_run_folder(one) for one in run_folders]
-    opened = _opened(cache, below, as_json) if cache else None
-    if folders_of(folders[0]) != folders or gpus is not None:
-        _tell_all(resume_sweep(folders, opened, memory=_bytes(memory), gpus=_numbers(gpus)), cache, as_json)
-    else:
-        _tell(going_on(folders[0], opened), cache or _own_store(folders[0]), as_json)
+    runs = [one for folder in folders for one in folders_of(folder)]
+    with parallel.joined(config_of(runs[0]).device):
+        opened = _opened(cache, below, as_json) if cache else None
+        if runs != folders or len(runs) > 1 or gpus is not None:
+            _tell_all(resume_sweep(folders, opened, memory=_bytes(memory), gpus=_numbers(gpus)), cache, as_json)
+        else:
+            _tell(going_on(folders[0], opened), cache or _own_store(folders[0]), as_json)
 
 
 def _asked(
@@ -169,6 +172,8 @@ def _numbers(gpus: str | None) -> list[int] | None:
 
 def _tell_all(made: Sweep, store: str | None, as_json: bool) -> None:
     """The runs side by side. Raises TrainingError where one failed."""
+    if parallel.rank():  # the first one tells
+        return
     figures = {one.folder.name: one.figures for one in made.runs}
     if as_json:
         failed = {path.name: str(error) for path, error in made.failed.items()}
@@ -185,6 +190,8 @@ def _tell_all(made: Sweep, store: str | None, as_json: bool) -> None:
 
 
 def _tell(made: Run, store: str, as_json: bool) -> None:
+    if parallel.rank():  # the first one tells
+        return
     if as_json:
         print(json.dumps({"folder": str(made.folder), **made.figures}))
         return

@@ -12,7 +12,7 @@ from shared.errors import ConfigError, GranaryError
 from shared.family import open_family
 from shared.log import Log
 from shared.view import View
-from train import plan, prepare, report, run, spread, together
+from train import parallel, plan, prepare, report, run, spread, together
 from train.config import TrainConfig
 from train.dictionary import Dictionary
 from train.prepare import Ready
@@ -52,11 +52,10 @@ def fit(store: View | str | Path, config: Config, folder: str | Path | None = No
     measure.json and report.html. Raises ConfigError, WiringError, StoreError, TrainingError or CheckpointError.
     """
     asked, opened = _parsed(config), _opened(store)
-    run.require_free(folder)
+    parallel.first(lambda: run.require_free(folder))
     [ready] = prepare.ready(opened, [asked])
     plan.require_memory(ready)
-    path = run.claim(folder, asked)
-    run.begin(path, opened, ready.sources)
+    path = parallel.first(lambda: _claimed(folder, opened, ready))
     return _alone(opened, Member(path, ready), quiet)
 
 
@@ -73,14 +72,13 @@ def sweep(
     Raises ConfigError, WiringError or StoreError before anything is written.
     """
     asked, opened = _asked(config), _opened(store)
-    run.require_free(folder)
+    parallel.first(lambda: run.require_free(folder))
     devices = None if gpus is None else spread.devices(gpus)
     ready = prepare.ready(opened, [one.config for one in asked])
     passes = _passes(ready, [0] * len(ready), memory, quiet) if devices is None else []
-    place = run.claim_sweep(folder)
-    folders = [run.claim(place / one.name, one.config) for one in asked]
-    for path, one in zip(folders, ready, strict=True):
-        run.begin(path, opened, one.sources)
+    place = parallel.first(lambda: run.claim_sweep(folder))
+    places = [place / one.name for one in asked]
+    folders = parallel.first(lambda: [_claimed(path, opened, one) for path, one in zip(places, ready, strict=True)])
     if devices is not None:
         return _spread(ready, folders, devices, folders, place, quiet)
     members = [Member(path, one) for path, one in zip(folders, ready, strict=True)]
@@ -146,6 +144,13 @@ def _spread(
     return _results(place, folders, failed)
 
 
+def _claimed(folder: str | Path | None, store: View, ready: Ready) -> Path:
+    """The run's folder, with all that it needs to go on."""
+    path = run.claim(folder, ready.config)
+    run.begin(path, store, ready.sources)
+    return path
+
+
 def _alone(store: View, member: Member, quiet: bool) -> Run:
     together.train(store, [member], member.folder, quiet)
     if member.error is not None:
@@ -172,11 +177,12 @@ def _result(folder: Path) -> Run:
 
 def _passes(ready: Sequence[Ready], begun: Sequence[int], memory: int | None, quiet: bool) -> list[list[int]]:
     """Which runs are trained at once, and a line that says so."""
-    passes = plan.passes(ready, plan.costs(ready), begun, memory)
+    found = plan.costs(ready)  # by all ranks, since their steps wait for each other
+    passes = parallel.first(lambda: plan.passes(ready, found, begun, memory))
     why = plan.parted(ready, begun, passes)
     sizes = " + ".join(str(len(one)) for one in passes)
     told = f"{len(ready)} runs, {sizes} at once" + (f", since they differ in {why}" if why else "")
-    Log(quiet=quiet).event("passes", told)
+    Log(quiet=quiet or parallel.rank() > 0).event("passes", told)
     return passes
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 
+from train import parallel
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -53,10 +55,30 @@ def top_per_row(score_BL: Tensor, k: int) -> Entries:
 
 
 def top_of_batch(score_BL: Tensor, count: int) -> Entries:
-    """The `count` largest of the whole matrix. Exactly `count` entries; among ties, any."""
+    """The `count` largest of the whole matrix. Exactly `count` entries; among ties, any.
+
+    Under torchrun those of this matrix that are among the `count` x ranks largest of all ranks' matrices together.
+    """
     rows, latents = score_BL.shape
-    flat_K = score_BL.flatten().topk(count, sorted=False).indices.sort().values
+    ranks = parallel.world()
+    best = score_BL.flatten().topk(min(count * ranks, score_BL.numel()), sorted=ranks > 1)
+    flat_K = best.indices if ranks == 1 else best.indices[: _share_of_best(best.values, count * ranks)]
+    flat_K = flat_K.sort().values
     return Entries(flat_K // latents, flat_K % latents, rows, latents)
+
+
+def _share_of_best(value_n: Tensor, count: int) -> int:
+    """How many of these values, the largest first, are among the `count` largest of all ranks' values.
+
+    Of equal ones those of the first ranks are taken.
+    """
+    every = parallel.gathered(value_n)
+    border = torch.cat(every).topk(count).values[-1]
+    larger = [int((one > border).sum()) for one in every]
+    equal = [int((one == border).sum()) for one in every]
+    rank = parallel.rank()
+    left = count - sum(larger) - sum(equal[:rank])
+    return larger[rank] + max(0, min(equal[rank], left))
 
 
 def above(score_BL: Tensor, threshold: Tensor | float) -> Entries:

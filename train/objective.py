@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
+from train import parallel
 from train.code import Forward, SparseCode
 from train.kernels import Entries, top_per_row
 from train.schedule import Schedule
@@ -80,7 +81,7 @@ class AuxK(Term):
             parts.append(_squared(error_BD - code.write(dictionary.decoder[source], dictionary.writes[source])))
         value = torch.stack(parts).sum()
         # Not torch.where: behind it the gradient would be 0 x inf = NaN. This waits for the device, as `nonzero` did.
-        return value if torch.isfinite(value) else torch.zeros_like(value)
+        return value if parallel.least(torch.isfinite(value).float()) else torch.zeros_like(value)
 
 
 def _squared(x_BD: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from shared import config as configs
 from shared.device import free_memory, peak_memory, torch_threads
 from shared.errors import ConfigError
-from train import prepare
+from train import parallel, prepare
 from train.loader import SLOTS
 from train.prepare import Ready
 from train.scale import Scale
@@ -54,7 +54,8 @@ def _shape(run: Ready) -> str:
 def trial(run: Ready) -> Cost:
     """A run's cost, from a few steps of a trainer of its shape."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {name: (run.config.batch, width) for name, width in run.wiring.widths.items()}
+    rows = parallel.share(run.config.batch)
+    shapes = {name: (rows, width) for name, width in run.wiring.widths.items()}
     x = {name: torch.randn(shape, generator=generator).to(run.device) for name, shape in shapes.items()}
     with torch_threads(run.config.threads), peak_memory(run.device) as peak:
         trainer = prepare.initialised(run, Scale(run.wiring.widths))
@@ -126,7 +127,10 @@ def _fitting(group: Sequence[int], runs: Sequence[Ready], found: Sequence[Cost],
 
 def taken(group: Sequence[int], runs: Sequence[Ready], found: Sequence[Cost]) -> int:
     """Bytes that these runs take at once: their states, one step at a time, and the loader's batches."""
-    batch, widths = runs[group[0]].config.batch, {k: v for n in group for k, v in runs[n].wiring.widths.items()}
+    batch, widths = (
+        parallel.share(runs[group[0]].config.batch),
+        {k: v for n in group for k, v in runs[n].wiring.widths.items()},
+    )
     steps = max(found[n].step_bytes or 0 for n in group)
     return sum(found[n].state_bytes for n in group) + steps + SLOTS * batch * sum(widths.values()) * FLOAT
 

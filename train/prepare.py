@@ -11,7 +11,7 @@ from shared import layout
 from shared.device import device_of
 from shared.errors import ConfigError
 from shared.view import View
-from train import dictionary, measure, scale, wiring
+from train import dictionary, measure, parallel, scale, wiring
 from train.config import TrainConfig
 from train.filter import Kept, kept_rows, require_rows
 from train.order import Order, default_window_blocks
@@ -57,6 +57,7 @@ def _ready(store: View, asked: TrainConfig, kept: dict[str, Kept], orders: dict[
     with torch.device("meta"):  # without the memory
         asked.method.build(wires, asked.steps)  # refuses before the store is read, as does the next line
     device = device_of(asked.device)
+    parallel.share(asked.batch)  # refuses one that the ranks cannot share
     order, dropped = _order(store, asked, kept, orders)
     if asked.batch > order.kept:
         value = f"{asked.batch:,} > {order.kept:,}"

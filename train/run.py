@@ -21,7 +21,7 @@ from shared.errors import CheckpointError, ConfigError, StoreError, TrainingErro
 from shared.family import open_family
 from shared.log import Log
 from shared.view import View
-from train import checkpoint, report
+from train import checkpoint, parallel, report
 from train.config import TrainConfig
 from train.trainer import Trainer
 
@@ -130,7 +130,10 @@ def kept_step(folder: Path) -> int:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """One process at a time trains in a folder. Raises CheckpointError in another."""
+    """One process at a time trains in a folder (under torchrun the first rank). Raises CheckpointError in another."""
+    if parallel.rank():
+        yield
+        return
     with (folder / report.CONFIG).open("rb") as file:  # whose lock the system lets go when its holder ends
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,8 +171,9 @@ class Training:
         if found := checkpoint.steps(self.folder / CHECKPOINTS):
             checkpoint.load(self.trainer, found[-1], self._identity)
         self._kept = self.trainer.step if found else -1
-        files.sweep(self.folder)
-        _cut(self.folder / report.METRICS, self.trainer.step)
+        if parallel.rank() == 0:
+            files.sweep(self.folder)
+            _cut(self.folder / report.METRICS, self.trainer.step)
 
     def update(self, x: Mapping[str, Tensor], **told: Any) -> dict[str, float] | None:
         """One step on raw rows. The figures that were logged, or none. Raises TrainingError."""
@@ -193,7 +197,8 @@ class Training:
         if self._store.seals != self._identity["seals"]:
             way_out = "Its last checkpoint is of the store as it was: harvest verify tells what the store is now"
             raise TrainingError("the store has changed under this run", self._store.path, way_out)
-        checkpoint.save(self.trainer, self.folder / CHECKPOINTS, self._identity, self.config.log.keep)
+        if parallel.rank() == 0:
+            checkpoint.save(self.trainer, self.folder / CHECKPOINTS, self._identity, self.config.log.keep)
         self._kept = self.trainer.step
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from shared.errors import ConfigError, Stopped
+from train import parallel
 from train.prepare import Ready
 
 COMMAND = "from train.cli import main; main()"
@@ -23,6 +24,8 @@ def devices(gpus: Sequence[int]) -> list[str]:
 
     Raises ConfigError for one that is not there.
     """
+    if parallel.world() > 1:
+        raise ConfigError("--gpus starts processes of its own", "torchrun", "Leave one of the two out")
     count = torch.cuda.device_count()
     wanted = list(gpus) or list(range(count))
     if not wanted or len(set(wanted)) < len(wanted) or not all(0 <= one < count for one in wanted):

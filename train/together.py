@@ -1,5 +1,6 @@
 """The runs of one pass: trained on one loader, each as if it were alone."""
 
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from shared.device import torch_threads
 from shared.errors import GranaryError, Stopped, deferred_stop
 from shared.log import Log, bar
 from shared.view import View
-from train import measure, prepare, report, run
+from train import measure, parallel, prepare, report, run
 from train.loader import Loader
 from train.order import companions
 from train.prepare import Ready
@@ -52,7 +53,8 @@ class Member:
         trainer = prepare.blank(self.ready) if self.kept_step else prepare.fresh(store, self.ready, scales)
         self._training = run.Training(self.folder, self.config, trainer, store, log)
         self._training.resume()
-        log.attach(self.folder / report.METRICS)
+        if parallel.rank() == 0:
+            log.attach(self.folder / report.METRICS)
         if self._goes_on:
             told = f"going on with {self.folder} at step {trainer.step:,} of {self.config.steps:,}"
             log.event("resume", told, step=trainer.step)
@@ -113,8 +115,10 @@ class Member:
 def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> None:
     """Train runs to their ends, measure and report. Each then has an error, or its figures in its folder.
 
-    `place` is what a user who stopped them gives to `train resume`.
+    `place` is what a user who stopped them gives to `train resume`. Under torchrun the first rank alone logs, keeps
+    checkpoints and measures.
     """
+    quiet = quiet or parallel.rank() > 0
     scales: dict[str, Scale] = {}
     with ExitStack() as stack:
         stack.enter_context(torch_threads(members[0].config.threads))
@@ -126,7 +130,8 @@ def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> N
         try:
             while running := [one for one in members if one.runs]:  # a stop may be one that its handler does not mind
                 _steps(store, running, quiet)
-            _finish(store, [one for one in members if one.error is None], quiet)
+            whole = [one for one in members if one.error is None]
+            parallel.first(lambda: _finish(store, whole, quiet))
         except (Stopped, KeyboardInterrupt):
             reached = max(one.training.trainer.step for one in members if one.error is None)
             for one in members:
@@ -144,24 +149,38 @@ def _steps(store: View, running: list[Member], quiet: bool) -> None:
     assert all(one.training.trainer.step == done for one in running)
     steps, started = range(done, max(one.config.steps for one in running)), time.monotonic()
     sources = list(dict.fromkeys(name for one in running for name in one.ready.sources))
+    stops = False
     with (
         deferred_stop() as stopping,
-        Loader(store, sources, ready.order, ready.config.batch, steps, ready.device, reuse=True) as loader,
+        Loader(
+            store,
+            sources,
+            ready.order,
+            parallel.share(ready.config.batch),
+            steps,
+            ready.device,
+            reuse=True,
+            rank=parallel.rank(),
+            world=parallel.world(),
+        ) as loader,
         bar("training", "steps", steps.stop, quiet=quiet, done=done) as progress,
     ):
         for rows in loader:
             seconds = time.monotonic() - started
-            speed = {"rows_s": loader.rows_served / seconds, "waited_s": loader.waited_s}
+            speed = {"rows_s": loader.rows_served * parallel.world() / seconds, "waited_s": loader.waited_s}
             for one in running:
                 one.update(rows.x, **speed)
             progress.set_postfix(_shown(running, loader.waited_s / seconds), refresh=False)
             progress.update()
             running = [one for one in running if one.runs]
-            if stopping():
+            stops = parallel.any_rank(stopping(), ready.device)
+            if stops:
                 for one in running:
                     one.keep()
-            if stopping() or not running:
+            if stops or not running:
                 break
+    if stops and parallel.world() > 1:  # the signal may have come to another rank
+        raise Stopped(128 + signal.SIGTERM)
 
 
 def _finish(store: View, members: Sequence[Member], quiet: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train import parallel
 from train.code import Forward
 from train.config import TrainConfig
 from train.dictionary import Dictionary
@@ -37,7 +38,7 @@ class Trainer:
         return self.idle_L >= self.config.dead_rows
 
     def update(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Learn from raw rows {source: float32 [B, D]}.
+        """Learn from raw rows {source: float32 [B, D]}; under torchrun, from those of all ranks.
 
         Returns detached scalars: loss, the terms, gradient (its norm), l0, dead, fve/<source>.
         """
@@ -49,17 +50,30 @@ class Trainer:
         values = {term.name: term(self.dictionary, out, now) for term in self.terms}
         loss = torch.stack([term.weight(self.step) * values[term.name] for term in self.terms]).sum()
         loss.backward()
+        parallel.average(self.parameters)
         gradient = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimiser.clip)
         self.optimiser.step()
         self.optimiser.zero_grad()  # here, so that trainers that wait for their turn hold none
         with torch.no_grad():
             self.dictionary.activation.observe(out.code, out.norm_L)
-            fires_L = out.code.fires_L()
             rows = len(next(iter(x.values())))
-            self.idle_L = torch.where(fires_L > 0, 0, self.idle_L + rows)
+            record = self._record(out, {"loss": loss, **values}, rows)
             self.step += 1
-            record = {"loss": loss, **values, "gradient": gradient, "l0": fires_L.sum() / rows, **_fve(out)}
-            return {name: value.detach() for name, value in record.items()} | {"dead": now.dead_L.float().mean()}
+            return {**record, "gradient": gradient.detach(), "dead": now.dead_L.float().mean()}
+
+    def _record(self, out: Forward, values: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+        """The figures of a batch, of all ranks' rows together; and the idle counts, which need them, too."""
+        means = parallel.summed([target_BD.mean(0) / parallel.world() for target_BD in out.target.values()])
+        errors = [(target_BD - out.y[source]).square().sum() for source, target_BD in out.target.items()]
+        spreads = [(x_BD - mean_D).square().sum() for x_BD, mean_D in zip(out.target.values(), means, strict=True)]
+        shares = [value.detach() / parallel.world() for value in values.values()]
+        parts = [out.code.fires_L(), torch.stack(errors), torch.stack(spreads), torch.stack(shares)]
+        fires_L, error_W, spread_W, share_V = parallel.summed(parts)
+        self.idle_L = torch.where(fires_L > 0, 0, self.idle_L + rows * parallel.world())
+        # 1 - |x - y|^2 / |x - mean|^2 of the batch, per source: for the log. `measure` sums over all rows.
+        fve = {f"fve/{source}": 1 - error_W[n] / spread_W[n] for n, source in enumerate(out.target)}
+        told = dict(zip(values, share_V, strict=True))
+        return {**told, "l0": fires_L.sum() / (rows * parallel.world()), **fve}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on."""
@@ -74,12 +88,3 @@ class Trainer:
         self.dictionary.load_state_dict(state["dictionary"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.idle_L, self.step = state["idle_L"].to(self.idle_L.device), state["step"]
-
-
-def _fve(out: Forward) -> dict[str, Tensor]:
-    """1 - |x - y|^2 / |x - mean|^2 of the batch, per source. For the log; `measure` sums over all rows."""
-    shares = {}
-    for source, target_BD in out.target.items():
-        error = (target_BD - out.y[source]).square().sum()
-        shares[f"fve/{source}"] = 1 - error / (target_BD - target_BD.mean(0)).square().sum()
-    return shares

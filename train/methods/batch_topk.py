@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import relu
 
+from train import parallel
 from train.code import Activation, Code, Pre, SparseCode
 from train.kernels import above, top_of_batch
 from train.method import Method, TopKConfig
@@ -61,7 +62,7 @@ class BatchTopK(Activation):
         return SparseCode(entries, relu(pre.at(entries)))
 
     def observe(self, code: Code, norm_L: Tensor) -> None:
-        smallest = code.smallest(norm_L)
+        smallest = parallel.least(code.smallest(norm_L))
         kept = torch.isfinite(smallest)  # a batch without a positive code says nothing
         weight = (1 - self.decay) * kept
         self.mean.lerp_(torch.where(kept, smallest, self.mean), weight)

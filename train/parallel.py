@@ -1,0 +1,110 @@
+"""Data parallel training under torchrun: every rank takes its share of each batch; one process alone is one rank.
+
+What all ranks must agree on goes through here: sums over their rows, what the first of them decides, when to stop.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shared.errors import ConfigError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=6)  # the first rank measures and reports alone, while the others wait
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Join the ranks that torchrun started, where it did; over NCCL on GPUs, each rank on its own, else over Gloo."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(batch: int) -> int:
+    """The rows of a batch that each rank takes. Raises ConfigError where they are not equal."""
+    if batch % world():
+        raise ConfigError("the batch cannot be shared evenly", f"{batch:,} rows over {world()} ranks", "Change batch")
+    return batch // world()
+
+
+def summed(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor summed over the ranks; all in one message, in fp64."""
+    if world() == 1:
+        return list(parts)
+    flat = torch.cat([part.detach().double().flatten() for part in parts])
+    dist.all_reduce(flat)
+    pieces = flat.split([part.numel() for part in parts])
+    return [piece.view(part.shape).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def average(parameters: Sequence[Tensor]) -> None:
+    """Replace each parameter's gradient by its mean over the ranks, whose batches have equally many rows."""
+    if world() == 1:
+        return
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+    for handle in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        handle.wait()
+    for one, gradient in zip(parameters, gradients, strict=True):
+        one.grad = gradient.div_(world())
+
+
+def least(value: Tensor) -> Tensor:
+    """The least over the ranks."""
+    if world() > 1:
+        value = value.clone()
+        dist.all_reduce(value, dist.ReduceOp.MIN)
+    return value
+
+
+def gathered(values_n: Tensor) -> list[Tensor]:
+    """These values of every rank, which has as many."""
+    if world() == 1:
+        return [values_n]
+    found = [torch.empty_like(values_n) for _ in range(world())]
+    dist.all_gather(found, values_n.contiguous())
+    return found
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is so on some rank: all ranks then do alike. Waits for the device where there are several."""
+    return flag if world() == 1 else not bool(least(torch.tensor(0 if flag else 1, device=device)))
+
+
+def first(do: Callable[[], T]) -> T:
+    """What `do` gives on the first rank, which alone calls it; on every rank. Raises there what it raises."""
+    if world() == 1:
+        return do()
+    told: list[object] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = do()
+        except Exception as error:  # noqa: BLE001  (the others would wait for it for ever)
+            told[1] = error
+    dist.broadcast_object_list(told, src=0)
+    if isinstance(told[1], Exception):
+        raise told[1]
+    return told[0]  # type: ignore[return-value]
