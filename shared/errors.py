@@ -112,6 +112,10 @@ class TrainingError(GranaryError):
     """A run that cannot go on, such as one whose loss is no longer finite."""
 
 
+class DivergenceError(TrainingError):
+    """A loss or gradient that is not finite."""
+
+
 class Stopped(SystemExit):
     """SIGINT, or SIGTERM as schedulers send it before they kill. The code is the shell's: 128 + the signal's number."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import harvest, loader, memory, put
+from tests.benchmarks import harvest, loader, memory, put, sweep
 
 
 def said(
@@ -38,6 +38,15 @@ def test_the_loader_is_compared_with_what_people_do_otherwise(
     monkeypatch.chdir(tmp_path)
     told = said(loader.main, ["8", "64", "2", "2"], monkeypatch, capfd)
     assert len(re.findall(r"\nratio +[\d.]+ ", told)) == 3 and "limit 20" in told and not list(tmp_path.iterdir())
+
+
+def test_runs_at_once_are_compared_with_their_steps_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = said(sweep.main, ["64", "32", "2"], monkeypatch, capfd)
+    assert "8 runs of 64 latents" in told and re.search(r"limit 0\.909: (holds|MISSED)\n$", told)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

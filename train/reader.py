@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from shared import layout
-from shared.errors import StoreError
+from shared.errors import StoreDamagedError, StoreError
 from shared.shard import THREADS, Piece
 from shared.view import View
 
+CHECKED = 4096  # rows at once in a search
 SPARE_FILES = 256  # descriptors left to the rest of the process
 
 
@@ -77,6 +78,17 @@ class Reader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def require_finite(store: View, source: str, rows: np.ndarray) -> None:
+    """Raises StoreDamagedError, with the first of these ascending rows that holds a value that is not finite."""
+    with Reader(store, [source]) as reader:
+        for rows_B, x in reader.stream(rows, CHECKED):
+            finite_B = layout.floats(x[source]).isfinite().all(1).numpy()
+            if not finite_B.all():
+                way_out = "See harvest verify --full; rows.documents can leave its document out"
+                row = f"row {rows_B[~finite_B][0]:,}"
+                raise StoreDamagedError(f"{source} holds values that are not finite", row, way_out)
 
 
 def _allow_files(shards: int) -> None:

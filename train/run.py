@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shared import config as configs
 from shared import files
-from shared.errors import CheckpointError, ConfigError, StoreError, TrainingError
+from shared.errors import CheckpointError, ConfigError, DivergenceError, StoreError, TrainingError
 from shared.family import open_family
 from shared.log import Log
 from shared.view import View
@@ -158,7 +158,7 @@ class Training:
 
     def __init__(self, folder: Path, config: TrainConfig, trainer: Trainer, store: View, log: Log) -> None:
         self.folder, self.config, self.trainer, self.log = folder, config, trainer, log
-        self._store = store
+        self.store = store
         self._identity = {"store": store.header.id, "seals": store.seals, "config": config.model_dump(mode="json")}
         self._kept = -1  # the step of the last checkpoint
 
@@ -194,9 +194,9 @@ class Training:
         """Write a checkpoint, if there is none of this step. Raises TrainingError where the store has changed."""
         if self._kept == self.trainer.step:
             return
-        if self._store.seals != self._identity["seals"]:
+        if self.store.seals != self._identity["seals"]:
             way_out = "Its last checkpoint is of the store as it was: harvest verify tells what the store is now"
-            raise TrainingError("the store has changed under this run", self._store.path, way_out)
+            raise TrainingError("the store has changed under this run", self.store.path, way_out)
         if parallel.rank() == 0:
             checkpoint.save(self.trainer, self.folder / CHECKPOINTS, self._identity, self.config.log.keep)
         self._kept = self.trainer.step
@@ -230,5 +230,5 @@ def _finite(record: Mapping[str, Tensor], step: int) -> dict[str, float]:
     values = {name: float(value) for name, value in record.items()}
     for name in ("loss", "gradient"):
         if not math.isfinite(values[name]):
-            raise TrainingError(f"the {name} is not finite", f"{values[name]} at step {step}", "Lower optimiser.lr")
+            raise DivergenceError(f"the {name} is not finite", f"{values[name]} at step {step}", "Lower optimiser.lr")
     return values

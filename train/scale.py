@@ -17,7 +17,7 @@ from shared.flags import FIRST, MASKED, SINK, SPECIAL, TRAIN
 from shared.moments import Moments
 from shared.view import View
 from train.order import Order
-from train.reader import Reader
+from train.reader import Reader, require_finite
 
 Kind = Literal["none", "rms", "median_norm"]
 MEDIAN_ROWS = 2**17  # rows behind a median: all where a run keeps no more, else a keyed sample (0.3 % standard error)
@@ -113,7 +113,10 @@ def _median_norm(store: View, reader: Reader, source: str, order: Order, mean_D:
     mean = torch.from_numpy(mean_D)
     rows = order.sample(MEDIAN_ROWS, seed=0)
     norms = [torch.linalg.vector_norm(x_ND - mean, dim=1) for x_ND in _read(store, reader, source, rows)]
-    return float(np.median(torch.cat(norms).numpy()))
+    median = float(np.median(torch.cat(norms).numpy()))
+    if not math.isfinite(median):
+        require_finite(store, source, rows)
+    return median
 
 
 def _read(store: View, reader: Reader, source: str, rows: np.ndarray) -> Iterable[Tensor]:

@@ -7,17 +7,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from shared import files
 from shared.device import torch_threads
-from shared.errors import GranaryError, Stopped, deferred_stop
+from shared.errors import DivergenceError, GranaryError, Stopped, deferred_stop
 from shared.log import Log, bar
 from shared.view import View
 from train import measure, parallel, prepare, report, run
 from train.loader import Loader
 from train.order import companions
 from train.prepare import Ready
+from train.reader import require_finite
 from train.scale import Scale
 
 
@@ -68,7 +70,18 @@ class Member:
         epoch = self.ready.order.epoch((self.training.trainer.step + 1) * self.config.batch)
         with self.minded():
             own = {name: x[name] for name in self.ready.sources}
-            self.shown = self.training.update(own, epoch=epoch, **told) or self.shown
+            try:
+                self.shown = self.training.update(own, epoch=epoch, **told) or self.shown
+            except DivergenceError:
+                self._require_finite_rows()
+                raise
+
+    def _require_finite_rows(self) -> None:
+        """Raises StoreDamagedError where a row that was served since the figures were finite is not."""
+        batch, step = self.config.batch, self.training.trainer.step
+        rows = self.ready.order.rows(max(0, step - self.config.log.every) * batch, step * batch)
+        for name in self.ready.sources:
+            require_finite(self.training.store, name, np.unique(rows))
 
     @contextmanager
     def minded(self) -> Iterator[None]:

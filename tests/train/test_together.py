@@ -9,11 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, TrainingError, one_line
+from shared import config as configs
+from shared.errors import (
+    CheckpointError,
+    ConfigError,
+    Stopped,
+    StoreDamagedError,
+    StoreError,
+    TrainingError,
+    one_line,
+)
 from shared.store import Store
 from tests.build import make_store
 from train import measure as measures
-from train import plan
+from train import plan, prepare
+from train.config import TrainConfig
 from train.fit import Sweep, fit, resume_sweep, sweep
 from train.loader import Loader
 from train.run import folders_of, held
@@ -210,6 +220,24 @@ def test_a_store_that_changes_ends_all(store: Store, tmp_path: Path, monkeypatch
     monkeypatch.setattr(Trainer, "update", reseal)
     found = sweep(changed, {**BASE, "sweep": {"grid": {"seed": [0, 1]}}}, tmp_path / "runs", quiet=True)
     assert not found.runs and all("store has changed" in str(error) for error in found.failed.values())
+
+
+def test_a_store_with_a_value_that_is_not_finite_is_blamed_with_its_row(tmp_path: Path) -> None:
+    damaged = make_store(tmp_path / "pair.zarr", rows=300, chunk_rows=16, documents=20)
+    ready = prepare.ready(damaged, [configs.parse(TrainConfig, BASE)])[0]
+    row = int(ready.order.step(4, 16).min())
+    shard, local = divmod(row, damaged.shard_rows)
+    with (damaged.path / "activations" / "b" / "c" / str(shard) / "0").open("r+b") as file:
+        file.seek(2 * (local * 4 + 1))
+        file.write(b"\xff\x7f")  # a NaN, as a bit that fell over may make one
+    only_a = {"wiring": {"kind": "autoencoder", "latents": 32, "sources": ["a"]}}
+    runs = [{"seed": 1}, {"scale.kind": "none"}, only_a]  # found when its scale is, in a step, and not at all
+    found = sweep(damaged, {**BASE, "sweep": {"runs": runs}}, tmp_path / "runs", quiet=True)
+    assert [folder.name for folder in found.failed] == ["0-seed=1", "1-kind=none"]
+    for error in found.failed.values():
+        assert isinstance(error, StoreDamagedError)
+        assert str(error).startswith(f"b holds values that are not finite: row {row:,}. See harvest verify --full")
+    assert [one.folder.name for one in found.runs] == ["2-kind=autoencoder-latents=32-sources=a"]
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(store: Store, tmp_path: Path) -> None:
