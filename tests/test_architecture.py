@@ -74,6 +74,7 @@ MODULES: dict[str, dict[str, str]] = {
     "train": {
         "order": "pure: (seed, step) -> the rows of a batch; resume is one integer",
         "filter": "which rows of a store a run learns from, and what dropped the others",
+        "sources": "what a run asks of a store: sources, and differences of two",
         "reader": "shards, mapped or decoded ahead -> the rows of a batch",
         "loader": "threads -> a ring of slots -> batches on the device",
         "schedule": "values over steps, as polylines",

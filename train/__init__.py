@@ -1,6 +1,7 @@
 """Stage 2: train dictionaries on a store. Four verbs: Store.open, fit, Dictionary.load, dictionary.encode.
 
-open_family reads a store as one with those that it extends; stage copies one from a URL; resume goes on with a run.
+open_family reads a store as one with those that it extends; stage copies one from a URL; resume goes on with a run;
+difference names the source that is one less another.
 """
 
 from shared.family import open_family
@@ -8,5 +9,6 @@ from shared.remote import stage
 from shared.store import Store
 from train.dictionary import Dictionary
 from train.fit import fit, resume
+from train.sources import difference
 
-__all__ = ["Dictionary", "Store", "fit", "open_family", "resume", "stage"]
+__all__ = ["Dictionary", "Store", "difference", "fit", "open_family", "resume", "stage"]

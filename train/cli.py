@@ -19,6 +19,7 @@ from train.config import LogConfig, TrainConfig
 from train.dictionary import Dictionary
 from train.fit import Run, fit
 from train.fit import resume as going_on
+from train.sources import Sources, in_brackets
 
 app = typer.Typer(
     help="Train dictionaries on a store: no model and no network are needed.",
@@ -48,7 +49,7 @@ def run(
     ] = None,
     latents: Annotated[int | None, typer.Option(help="Latents of the dictionary (wiring.latents).")] = None,
     sources: Annotated[
-        str | None, typer.Option(help="Sources in order, with commas: gemma,smol (wiring.sources).")
+        str | None, typer.Option(help='In order, with commas: gemma,smol or "base,chat - base" (wiring.sources).')
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser updates (steps).")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows of a batch (batch).")] = None,
@@ -65,7 +66,7 @@ def run(
     """
     flags: dict[str, Any] = {
         "method.name": method, "wiring.kind": wiring, "wiring.latents": latents,
-        "wiring.sources": None if sources is None else sources.split(","), "steps": steps, "batch": batch,
+        "wiring.sources": sources and [name.strip() for name in sources.split(",")], "steps": steps, "batch": batch,
         "seed": seed, "device": device, "threads": threads,
     }  # fmt: skip
     data = configs.read_toml(config_file) if config_file else {}
@@ -166,7 +167,7 @@ def show(
     for name, width in described["sources"].items():
         print(f"source      {name}: width {width}, rows are scaled by {described['scale'][name]:.6g}")
     for span in described["spans"]:
-        ends = f"{' + '.join(span['readers'])} -> {' + '.join(span['writers'])}"
+        ends = " -> ".join(" + ".join(map(in_brackets, span[key])) for key in ("readers", "writers"))
         print(f"span        {span['name']}: {span['size']:,} latents, {ends}")
 
 
@@ -184,8 +185,8 @@ def _require_same_sites(folder: Path, store: View, dictionary: Dictionary) -> No
     if (origin := _of_run(folder, report.STORE)) is None:
         return
     trained_on = files.read_json(origin)["sources"]
-    for name in dictionary.wiring.widths:
-        asked, found = trained_on[name]["site"], store.source(name).site
+    for name, one in Sources(store, dictionary.wiring.widths).described().items():
+        asked, found = trained_on[name]["site"], one["site"]
         if asked != found:
             way_out = "Give a store of the site that it was trained on"
             raise StoreError(f"{name} is another site in this store", f"{asked} -> {found}", way_out)

@@ -18,6 +18,7 @@ from train.config import TrainConfig
 from train.filter import Kept, kept_rows, require_rows
 from train.loader import Loader
 from train.order import Order, companions, default_window_blocks
+from train.sources import Sources
 from train.trainer import Trainer
 
 
@@ -122,7 +123,7 @@ def prepare(store: View, config: TrainConfig, fresh: bool = True) -> Made:
     Where not `fresh`, scale and weights are left for a checkpoint to fill.
     """
     sources = config.wiring.sources or list(store.header.sources)
-    widths = {name: store.source(name).width for name in sources}
+    widths = Sources(store, sources).widths
     if len(widths) < len(sources):
         raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
     wires = wiring.build(config.wiring.kind, widths, config.wiring.latents, config.wiring.exclusive)

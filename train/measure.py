@@ -19,6 +19,7 @@ from train.dictionary import Dictionary, relative_norms
 from train.filter import RowsConfig, kept_rows
 from train.order import Order
 from train.reader import Reader
+from train.sources import Sources
 
 BATCH = 2048
 EXCLUSIVE = 0.8  # R above which a latent counts as exclusive to a source (DFC paper, section 1.5)
@@ -161,9 +162,9 @@ def measure(
     training (none: the default one) keeps.
     Raises StoreError where no held-out row is left.
     """
-    for source, width in dictionary.wiring.widths.items():
-        if store.source(source).width != width:
-            found = f"{source} has {store.source(source).width}, the dictionary {width}"
+    for source, width in Sources(store, sources_of(dictionary)).widths.items():
+        if dictionary.wiring.widths[source] != width:
+            found = f"{source} has {width}, the dictionary {dictionary.wiring.widths[source]}"
             raise StoreError("another width of rows than the dictionary's", found, "Give the store it was trained on")
     device = dictionary.activation.bias_L.device
     with evaluating(dictionary):
@@ -200,6 +201,7 @@ def require_held_out(store: View, rows: RowsConfig | None) -> np.ndarray:
 def _batches(
     store: View, dictionary: Dictionary, rows: np.ndarray, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    with Reader(store, sources_of(dictionary)) as reader:
+    sources = Sources(store, sources_of(dictionary))
+    with Reader(store, sources.stored) as reader:
         for _, stored in reader.stream(rows, BATCH):
-            yield {n: layout.floats(x).to(device).float() * store.factor(n) for n, x in stored.items()}
+            yield sources.rows({name: layout.floats(x_BD).to(device) for name, x_BD in stored.items()})

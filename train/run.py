@@ -21,6 +21,7 @@ from shared.log import Log
 from shared.view import View
 from train import checkpoint, report
 from train.config import TrainConfig
+from train.sources import Sources
 from train.trainer import Trainer
 
 CHECKPOINTS = "checkpoints"
@@ -68,13 +69,9 @@ def held(folder: Path) -> Iterator[None]:
 
 def origin(store: View, sources: list[str]) -> dict[str, Any]:
     """What a run is trained on: the store's id, place and seals, and per source its model and site."""
-    found = [store.source(name) for name in sources]
-    places = {
-        one.name: {"model": store.header.models[one.model].path, "site": one.site, "width": one.width} for one in found
-    }
     path = str(store.path.absolute())
     ids = {"id": store.header.id, "members": store.members, "seals": store.seals}
-    return {**ids, "path": path, "rows": store.rows, "sources": places}
+    return {**ids, "path": path, "rows": store.rows, "sources": Sources(store, sources).described()}
 
 
 class Training:

@@ -186,6 +186,21 @@ def test_show_says_what_a_dictionary_is(say: Say, run: Path) -> None:
     assert "source      b: width 4, rows are scaled by " in said.out
 
 
+def test_a_difference_is_a_source_of_run_measure_and_show(say: Say, tmp_path: Path) -> None:
+    widths = {"base": 6, "chat": 6}
+    store = make_store(tmp_path / "twins.zarr", rows=200, shard_rows=256, chunk_rows=16, sources=widths, documents=20)
+    arguments = ("--method", "topk", "--wiring", "dedicated", *SMALL, "--out", tmp_path / "r")
+    said = say("run", store.path, "--sources", "base, chat - base", *arguments)
+    assert said.code == 0 and "\nchat - base  " in said.out
+    figures = json.loads((tmp_path / "r" / "measure.json").read_text())
+    assert list(figures["sources"]) == ["base", "chat - base"]
+    assert json.loads(say("measure", tmp_path / "r", "--store", store.path, "--json").out) == figures
+    shown = say("show", tmp_path / "r").out
+    assert "source      chat - base: width 6, rows are scaled by " in shown
+    assert "span        shared: 28 latents, base + (chat - base) -> base + (chat - base)\n" in shown
+    assert "span        only_chat - base: 2 latents, (chat - base) -> (chat - base)\n" in shown
+
+
 @pytest.mark.parametrize("command", ["run", "measure", "methods", "show"])
 def test_every_command_has_help_with_an_example(say: Say, command: str) -> None:
     said = say(command, "--help")
@@ -218,6 +233,9 @@ BASE = ["--method", "topk", *SMALL]
         ([*BASE, "--wiring", "transcoder", "--sources", "a"], 2, ["transcoder needs 2 source(s): a"]),
         ([*BASE, "--wiring", "sae"], 2, ["wrong value for wiring.kind: 'sae'"]),
         ([*BASE, "--sources", "a,c"], 1, ["this store has no source: c. It has: a, b"]),
+        ([*BASE, "--sources", "a,c - a"], 1, ["this store has no source: c. It has: a, b"]),
+        ([*BASE, "--sources", "a,b - b"], 2, ["a source less itself is 0: 'b - b'. Name two sources"]),
+        ([*BASE, "--sources", "a, a - b"], 1, ["a difference is of sources of one width: a has 6, b has 4"]),
         ([*BASE, "--method", "top-k"], 2, ["unknown method: top-k. Did you mean topk"]),
         ([*BASE, "--device", "gpu"], 2, ["this device cannot be used: gpu"]),
         ([*BASE, "--config", "nowhere.toml"], 2, ["cannot read the config file: nowhere.toml"]),

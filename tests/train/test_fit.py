@@ -21,7 +21,7 @@ from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, Tra
 from shared.store import Store
 from tests import cases
 from tests.build import make_store
-from train import checkpoint, report
+from train import checkpoint, difference, report
 from train.config import TrainConfig
 from train.dictionary import Dictionary
 from train.fit import Run, fit, prepare, resume
@@ -253,6 +253,9 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(
     [
         ({"wiring": {"latents": 16, "sources": ["a", "z"]}}, StoreError, r"this store has no source: z\. It has: a, b"),
         ({"wiring": {"latents": 16, "sources": ["a", "a"]}}, ConfigError, "a source is named twice: a, a"),
+        ({"wiring": {"latents": 16, "sources": ["a", "a - a"]}}, ConfigError, "a source less itself is 0: 'a - a'"),
+        ({"wiring": {"latents": 16, "sources": ["a", "a - b"]}}, StoreError, "of one width: a has 6, b has 4"),
+        ({"rows": {"sources": ["a - b"]}}, StoreError, r"this store has no source: a - b\. It has: a, b"),
         ({"wiring": {"latents": 16, "kind": "autoencoder"}}, WiringError, r"autoencoder needs 1 source\(s\): a, b"),
         ({"wiring": {"latents": 2, "kind": "crosscoder"}}, WiringError, "k is larger than the latents: 3 > 2"),
         ({"wiring": {"latents": 16, "kind": "dedicated", "exclusive": {"a": 1}}}, WiringError, "names every source"),
@@ -298,6 +301,58 @@ def test_the_report_is_made_again_from_the_folder_alone(run: Run) -> None:
     (run.folder / "report.html").unlink()
     report.write(run.folder)
     assert (run.folder / "report.html").read_bytes() == page
+
+
+# --- differences -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("tuned") / "pair.zarr"
+    widths, factor = {"base": 6, "chat": 6, "small": 4}, {"base": 2.0, "chat": 0.5}
+    return make_store(path, rows=300, shard_rows=256, chunk_rows=16, sources=widths, factor=factor, documents=20)
+
+
+DIFFERENCES = {
+    "autoencoder": [difference("chat", "base")], "transcoder": ["base", "chat - base"],
+    "crosscoder": ["base", "chat - base"], "dedicated": ["small", "chat - base", "chat"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DIFFERENCES)
+def test_a_run_on_a_difference_is_saved_loaded_measured_and_gone_on_with(
+    tuned: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    names = DIFFERENCES[kind]
+    asked = {**ASKED, "wiring": {"kind": kind, "latents": 32, "sources": names}}
+    whole = fit(tuned, asked, tmp_path / "whole", quiet=True)
+    loaded, x = Dictionary.load(whole.folder), tuned.read(0, 20)
+    assert list(loaded.wiring.widths) == names and "chat - base" in loaded.config()["sources"]
+    assert torch.equal(loaded.encode(x), loaded.encode({**x, "chat - base": x["chat"] - x["base"]}))
+    assert measure(loaded, tuned, quiet=True) == whole.figures
+    told = json.loads((whole.folder / "store.json").read_text())["sources"]
+    assert list(told) == names and told["chat - base"]["model"] == "/models/model_chat - /models/model_base"
+    assert "<td>resid.1 - resid.1</td>" in (whole.folder / "report.html").read_text()
+    with monkeypatch.context() as patch, pytest.raises(Stopped), one_line():
+        stop_at(7, patch)
+        fit(tuned, asked, tmp_path / "run", quiet=True)
+    assert weights(resume(tmp_path / "run", quiet=True).folder) == weights(whole.folder)
+
+
+def test_a_run_on_a_difference_equals_updates_on_the_rows_of_fp64(tuned: Store, tmp_path: Path) -> None:
+    x = {name: x_ND.double() for name, x_ND in tuned.read(0, tuned.rows).items()}
+    kept = prepare(tuned, configs.parse(TrainConfig, {**ASKED, "wiring": {"latents": 8}})).order.kept_N
+    mean_D = (x["chat"] - x["base"])[torch.from_numpy(kept)].mean(0).float()
+    asked = {**ASKED, "wiring": {"kind": "autoencoder", "latents": 32, "sources": ["chat - base"]}, "steps": 3}
+    run = fit(tuned, asked, tmp_path / "run", quiet=True)
+    torch.testing.assert_close(run.dictionary.scale.mean("chat - base"), mean_D, rtol=0, atol=2e-3)  # stored: fp16
+    order = prepare(tuned, configs.parse(TrainConfig, asked)).order
+    trainer = prepare(tuned, configs.parse(TrainConfig, asked)).trainer
+    for step in range(3):
+        rows_B = torch.from_numpy(np.sort(order.step(step, 16)))
+        trainer.update({"chat - base": (x["chat"] - x["base"])[rows_B].float()})
+    state = run.dictionary.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in trainer.dictionary.state_dict().items())
 
 
 # --- going on --------------------------------------------------------------------------------------------------------

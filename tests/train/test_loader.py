@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared import layout
 from shared.codec import CODECS, Packing
 from shared.errors import StoreDamagedError
 from shared.layout import index_bytes
@@ -68,6 +69,34 @@ def test_a_batch_is_the_step_of_the_order_in_the_models_own_units(
             stored = store.column(f"activations/{name}")[rows.rows_B.numpy()].astype(np.float32)
             assert np.array_equal(rows.x[name].cpu().numpy(), stored * np.float32(factor))
             assert rows.x[name].dtype == torch.float32 and rows.x[name].device.type == device.type
+
+
+@pytest.fixture(scope="module", params=[None, *CODECS])
+def three(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Sources of which two have one width, mapped and packed."""
+    path = tmp_path_factory.mktemp("three") / "small.zarr"
+    packing = request.param and Packing(request.param, CODECS[request.param].default, {"a": 4, "b": 2, "c": 4})
+    widths, factors = {"a": 6, "b": 4, "c": 6}, {"a": 4.0, "b": 0.5, "c": 0.25}
+    return make_store(path, rows=ROWS, sources=widths, factor=factors, masked=0.0, packing=packing)
+
+
+@every_device
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("piece_rows", [5, 100])
+def test_a_difference_is_served_as_fp64_has_it_and_what_it_is_made_of_is_read_once(
+    three: Store, device: torch.device, reuse: bool, threads: int, piece_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.loader.PIECE_BYTES", piece_rows * 2 * 6)
+    order = Order(kept_rows(three).kept_N, block_rows=4, window_blocks=5, seed=0)
+    x_ND = {name: layout.floats(three.stored(name, np.arange(ROWS))).double() * three.factor(name) for name in "abc"}
+    expected = {"c": x_ND["c"], "a - c": x_ND["a"] - x_ND["c"], "b": x_ND["b"], "c - a": x_ND["c"] - x_ND["a"]}
+    with Loader(three, list(expected), order, BATCH, range(20), device, threads, reuse=reuse) as loader:
+        for rows in loader:
+            assert list(rows.x) == list(expected)
+            for name, x_BD in rows.x.items():
+                assert torch.equal(x_BD.cpu(), expected[name][rows.rows_B].float())
+        assert loader.bytes_served == 20 * BATCH * (6 + 4 + 6) * 2
 
 
 @pytest.mark.parametrize("piece_rows", [1, 5, 16, 100])

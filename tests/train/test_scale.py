@@ -19,7 +19,6 @@ from tests.build import make_store
 from train import scale as scales
 from train.filter import RowsConfig, kept_rows
 from train.order import Order
-from train.reader import Reader
 from train.scale import Scale, fit, kept_moments
 
 ROWS, WIDTHS, FACTORS = 400, {"a": 6, "b": 4}, {"a": 4.0, "b": 0.5}
@@ -107,8 +106,7 @@ def test_the_moments_of_the_kept_rows_are_exact_whichever_way_they_are_found(
     store: Store, source: str, kept: Callable[[Store], np.ndarray]
 ) -> None:
     kept_N = kept(store)
-    with Reader(store, ["a", "b"]) as reader:
-        moments = kept_moments(store, reader, source, kept_N)
+    moments = kept_moments(store, source, kept_N)
     x_ND = rows(store, source, kept_N)
     assert moments.count == len(x_ND)
     np.testing.assert_allclose(moments.mean_D, x_ND.mean(0), rtol=1e-9)
@@ -122,15 +120,14 @@ def test_few_dropped_rows_are_taken_out_of_the_stored_moments_and_only_they_are_
     read: list[int] = []
     read_moments = scales._read_moments
 
-    def spied(store: Store, reader: Reader, source: str, wanted: np.ndarray) -> Any:
+    def spied(store: Store, source: str, wanted: np.ndarray) -> Any:
         read.append(len(wanted))
-        return read_moments(store, reader, source, wanted)
+        return read_moments(store, source, wanted)
 
     monkeypatch.setattr(scales, "_read_moments", spied)
     kept_N = kept_rows(store).kept_N
-    with Reader(store, ["a", "b"]) as reader:
-        for name in WIDTHS:
-            kept_moments(store, reader, name, kept_N)
+    for name in WIDTHS:
+        kept_moments(store, name, kept_N)
     sinks_of_b = int((scales.ordinary_rows(store, "a") & ~kept_N).sum())
     assert read == [sinks_of_b, 0] and sinks_of_b > 0
 
@@ -156,6 +153,74 @@ def test_a_median_of_many_rows_is_that_of_a_sample_of_the_kept_ones(
     assert len(sample) == 50 and order.kept_N[sample].all()
     median = float(np.median(np.linalg.norm(rows(store, "b", sample), axis=1)))
     assert float(fit(store, ["b"], order, "median_norm", False).factor("b")) == pytest.approx(2 / median, rel=1e-6)
+
+
+# --- differences ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def twins(make: Make) -> Store:
+    """Two sources of one width, of other factors; both are sinks in places."""
+    rng = np.random.default_rng(4)
+    values = {
+        name: ((rng.normal(size=(ROWS, 6)) + offset).astype(np.float16) * FACTORS[name]).astype(np.float32)
+        for name, offset in (("a", 3), ("b", 9))
+    }
+    for x_ND in values.values():
+        x_ND[rng.random(ROWS) < 0.04] *= 32
+    return make(sources={"a": 6, "b": 6}, values=values)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("kind", ["none", "rms", "median_norm"])
+@pytest.mark.parametrize("names", [["a - b"], ["b", "a - b"], ["b - a", "a", "b"]], ids="+".join)
+def test_the_scale_of_a_difference_is_that_of_its_kept_rows(
+    twins: Store, names: list[str], kind: Any, centre: bool
+) -> None:
+    order = Order(kept_rows(twins).kept_N, 8, 4, seed=0)
+    scale = fit(twins, names, order, kind, centre)
+    x = {name: rows(twins, name, order.kept_N) for name in "ab"}
+    x |= {"a - b": x["a"] - x["b"], "b - a": x["b"] - x["a"]}
+    for name in names:
+        mean_D, factor = expected(x[name], kind, centre, [6] * len(names))
+        np.testing.assert_allclose(scale.mean(name).numpy(), mean_D, rtol=1e-6, atol=1e-6)
+        assert float(scale.factor(name)) == pytest.approx(factor, rel=1e-6)
+
+
+def test_the_mean_of_a_difference_is_that_of_the_uncast_values(make: Make) -> None:
+    rng = np.random.default_rng(5)
+    values = {name: (1 + rng.normal(size=(ROWS, 6)) / 64).astype(np.float32) for name in "ab"}  # no fp16 numbers
+    store = make(sources={"a": 6, "b": 6}, values=values, factor={"a": 2.0**7})
+    order = Order(kept_rows(store).kept_N, 8, 4, seed=0)
+    exact_D = (values["a"].astype(np.float64) - values["b"].astype(np.float64))[order.kept_N].mean(0)
+    cast_D = (rows(store, "a", order.kept_N) - rows(store, "b", order.kept_N)).mean(0)
+    found_D = fit(store, ["a - b"], order, "rms", True).mean("a - b").numpy()
+    np.testing.assert_allclose(found_D, exact_D, rtol=1e-6, atol=1e-9)
+    assert np.abs(found_D - cast_D).max() > 1e-6
+
+
+@pytest.mark.parametrize(("kind", "sampled"), [("rms", False), ("median_norm", True), ("none", True)])
+def test_all_kept_rows_of_a_difference_are_read_only_where_its_spread_counts(
+    twins: Store, kind: Any, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scales, "MEDIAN_ROWS", 50)
+    read, genuine = dict[str, int](), scales._read_moments
+    monkeypatch.setattr(
+        scales,
+        "_read_moments",
+        lambda store, name, wanted: (read.update({name: len(wanted)}), genuine(store, name, wanted))[1],
+    )
+    order = Order(kept_rows(twins).kept_N, 8, 4, seed=0)
+    fit(twins, ["a - b"], order, kind, True)
+    assert read["a - b"] == (50 if sampled else order.kept) and order.kept > 150
+
+
+def test_sources_that_are_alike_have_no_difference(make: Make) -> None:
+    x_ND = np.random.default_rng(0).normal(size=(ROWS, 6)).astype(np.float32)
+    store = make(sources={"a": 6, "b": 6}, values={"a": x_ND, "b": x_ND}, factor={})
+    for kind, centre in itertools.product(("none", "rms", "median_norm"), (True, False)):
+        with pytest.raises(StoreError, match="all rows of this source are alike: a - b"):
+            fit(store, ["a", "a - b"], order_of(store, ["a", "b"]), kind, centre)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, 0.1])  # 0.1 is no fp16 number
