@@ -33,6 +33,7 @@ MODULES: dict[str, dict[str, str]] = {
         "shard": "the rows of one source in its shard files, raw or packed",
         "flags": "what single bits say of a row",
         "view": "what can be read: one store, or siblings as one",
+        "joined": "the rows of several views, one behind the other",
         "store": "the store on disk, as STORE.md says: create, put, seal, open, map",
         "family": "siblings as one: a store with those that it extends",
         "verify": "is a store sound: receipts and sizes, or every checksum",
