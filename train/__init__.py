@@ -1,14 +1,15 @@
 """Stage 2: train dictionaries on a store. Four verbs: Store.open, fit, Dictionary.load, dictionary.encode.
 
-open_family reads a store as one with those that it extends; stage copies one from a URL; resume goes on with a run;
-difference names the source that is one less another.
+open_family reads a store as one with those that it extends, open_mixture several stores as one; stage copies one from a
+URL; resume goes on with a run; difference names the source that is one less another.
 """
 
 from shared.family import open_family
+from shared.mixture import open_mixture
 from shared.remote import stage
 from shared.store import Store
 from train.dictionary import Dictionary
 from train.fit import fit, resume
 from train.sources import difference
 
-__all__ = ["Dictionary", "Store", "difference", "fit", "open_family", "resume", "stage"]
+__all__ = ["Dictionary", "Store", "difference", "fit", "open_family", "open_mixture", "resume", "stage"]

@@ -10,7 +10,7 @@ import typer
 from shared import config as configs
 from shared import files, remote
 from shared.errors import CheckpointError, StoreError, one_line
-from shared.family import open_family
+from shared.mixture import open_mixture
 from shared.view import View
 from train import measure as measuring
 from train import method as method_files
@@ -40,7 +40,7 @@ def main() -> None:
 
 @app.command()
 def run(
-    cache: Annotated[str, typer.Argument(help="A finished store: its folder, or its URL.")],
+    caches: Annotated[list[str], typer.Argument(help="A finished store, or several as one: folders or URLs.")],
     config_file: Annotated[Path | None, typer.Option("--config", help="TOML file of the run.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any config key: --set method.k=64.")] = None,
     method: Annotated[str | None, typer.Option(help="Training method (method.name); train methods lists them.")] = None,
@@ -60,7 +60,7 @@ def run(
     below: Stage = None,
     as_json: Json = False,
 ) -> None:
-    """Train one dictionary on a store, measure it on held-out documents, and write a report.
+    """Train one dictionary on a store, or several as one; measure it on held-out documents, and write a report.
 
     Example: train run pair.zarr --method batch_topk --wiring dedicated --latents 16384 --steps 5000 --set method.k=64
     """
@@ -72,13 +72,15 @@ def run(
     data = configs.read_toml(config_file) if config_file else {}
     asked = configs.parse(TrainConfig, configs.override(data, [*(settings or []), *configs.settings(flags)]))
     folder = None if out is None else remote.local(out, "A run is written to a folder (--out)")
-    _tell(fit(_opened(cache, below, as_json), asked, folder), cache, as_json)
+    _tell(fit(_opened(caches, below, as_json), asked, folder), caches, as_json)
 
 
 @app.command()
 def resume(
     run_folder: Annotated[str, typer.Argument(help="The folder of a run.")],
-    cache: Annotated[str | None, typer.Option("--store", help="Where its store lies now; none: where it was.")] = None,
+    caches: Annotated[
+        list[str] | None, typer.Option("--store", help="Where its store lies now, each of several; none: where it was.")
+    ] = None,
     below: Stage = None,
     as_json: Json = False,
 ) -> None:
@@ -89,22 +91,25 @@ def resume(
     Example: train resume runs/dedicated-batch_topk-16384
     """
     folder = _run_folder(run_folder)
-    made = going_on(folder, _opened(cache, below, as_json) if cache else None)
-    _tell(made, cache or _own_store(folder), as_json)
+    made = going_on(folder, _opened(caches, below, as_json) if caches else None)
+    _tell(made, caches or _own_stores(folder), as_json)
 
 
-def _tell(made: Run, store: str, as_json: bool) -> None:
+def _tell(made: Run, stores: list[str], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"folder": str(made.folder), **made.figures}))
         return
-    print(report.text(made.figures))
-    print(f"\nstore       {store}\ndictionary  {made.folder / 'dictionary'}\nreport      {made.folder / report.PAGE}")
+    print(f"{report.text(made.figures)}\n")
+    print("\n".join(f"store       {store}" for store in stores))
+    print(f"dictionary  {made.folder / 'dictionary'}\nreport      {made.folder / report.PAGE}")
 
 
 @app.command()
 def measure(
     run_folder: RunFolder,
-    cache: Annotated[str | None, typer.Option("--store", help="The store to measure on; none: the run's own.")] = None,
+    caches: Annotated[
+        list[str] | None, typer.Option("--store", help="The store to measure on, or several; none: the run's own.")
+    ] = None,
     below: Stage = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="Rows of each split to read at most; none: as the run did.")
@@ -118,11 +123,14 @@ def measure(
     """
     folder = _run_folder(run_folder)
     dictionary = Dictionary.load(folder, device)
-    store = _opened(cache or _own_store(folder), below, as_json)
+    store = _opened(caches or _own_stores(folder), below, as_json)
     _require_same_sites(folder, store, dictionary)
     trained = _own_config(folder)
     most = rows or (trained.log if trained else LogConfig()).measure_rows
-    figures = measuring.measure(dictionary, store, most, trained.rows if trained else None, as_json)
+    kept = trained.rows if trained else None
+    if kept and len(store.stores) == 1:
+        kept = kept.model_copy(update={"weights": None})  # which are shares of several
+    figures = measuring.measure(dictionary, store, most, kept, as_json)
     print(json.dumps(figures) if as_json else report.text(figures))
 
 
@@ -171,9 +179,9 @@ def show(
         print(f"span        {span['name']}: {span['size']:,} latents, {ends}")
 
 
-def _opened(store: str, below: str | None, quiet: bool) -> View:
-    """The store in a folder; of one at a URL the copy on this machine, which is made first."""
-    return open_family(remote.stage(store, below, quiet) if remote.is_url(store) else store)
+def _opened(stores: list[str], below: str | None, quiet: bool) -> View:
+    """The stores in these folders as one; of one at a URL the copy on this machine, which is made first."""
+    return open_mixture([remote.stage(one, below, quiet) if remote.is_url(one) else one for one in stores])
 
 
 def _run_folder(path: str) -> Path:
@@ -198,10 +206,10 @@ def _own_config(folder: Path) -> TrainConfig | None:
     return configs.parse(TrainConfig, configs.read_toml(found)) if found else None
 
 
-def _own_store(folder: Path) -> str:
+def _own_stores(folder: Path) -> list[str]:
     if (origin := _of_run(folder, report.STORE)) is None:
         raise CheckpointError("this folder does not name its store", folder, "Give --store CACHE")
-    return str(files.read_json(origin)["path"])
+    return [str(path) for path in files.read_json(origin)["paths"]]
 
 
 def _of_run(folder: Path, name: str) -> Path | None:

@@ -1,7 +1,7 @@
 """A run from store to report, from its beginning or its last checkpoint: one loader feeds the trainer."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from typing import Any
 from shared import config as configs
 from shared import files, layout
 from shared.device import device_of, torch_threads
-from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, deferred_stop
-from shared.family import open_family
+from shared.errors import CheckpointError, ConfigError, Stopped, deferred_stop
 from shared.log import Log, bar
+from shared.mixture import Place, open_mixture
 from shared.view import View
 from train import checkpoint, dictionary, measure, report, run, scale, wiring
 from train.config import TrainConfig
@@ -32,16 +32,18 @@ class Run:
 
 
 def fit(
-    store: View | str | Path, config: TrainConfig | Mapping[str, Any], folder: str | Path | None = None,
+    store: Place | Sequence[Place], config: TrainConfig | Mapping[str, Any], folder: str | Path | None = None,
     quiet: bool = False,
 ) -> Run:  # fmt: skip
-    """Train one dictionary on a store, or on that at a path. `config` is a TrainConfig or its tables as a mapping.
+    """Train one dictionary on a store, or that at a path, or on several as one (shared.mixture).
+
+    `config` is a TrainConfig or its tables as a mapping.
 
     The folder (none: a new one below runs/) gets config.toml, store.json, metrics.jsonl, checkpoints/, dictionary/,
     measure.json and report.html. Raises ConfigError, WiringError, StoreError, TrainingError or CheckpointError.
     """
     asked = configs.parse(TrainConfig, config) if isinstance(config, Mapping) else config
-    opened = open_family(store) if isinstance(store, str | Path) else store
+    opened = open_mixture(store)
     with torch_threads(asked.threads):
         run.require_free(folder)
         made = prepare(opened, asked)
@@ -55,11 +57,11 @@ def fit(
                 return _finish(opened, made, run.Training(path, asked, made.trainer, opened, log))
 
 
-def resume(folder: str | Path, store: View | str | Path | None = None, quiet: bool = False) -> Run:
+def resume(folder: str | Path, store: Place | Sequence[Place] | None = None, quiet: bool = False) -> Run:
     """Go on with a run from its last checkpoint, to the bits that it would have had without a break.
 
-    `store` (none: where it was) must be the one that the run began on. A finished run is returned as it is. Raises
-    CheckpointError, StoreError or TrainingError.
+    `store` (none: where it was) must be the one that the run began on, or all of them in their order. A finished run is
+    returned as it is. Raises CheckpointError, StoreError or TrainingError.
     """
     path = Path(folder)
     try:
@@ -72,11 +74,8 @@ def resume(folder: str | Path, store: View | str | Path | None = None, quiet: bo
     with run.held(path), torch_threads(asked.threads):
         if (path / report.PAGE).exists():
             return Run(path, dictionary.Dictionary.load(path), files.read_json(path / report.MEASURE))
-        place = began["path"] if store is None else store
-        opened = open_family(place) if isinstance(place, str | Path) else place
-        if (opened.header.id, opened.seals) != (began["id"], began.get("seals")):
-            way_out = f"Give the store whose id begins with {began['id'][:12]}, as it was"
-            raise StoreError("this is not the store that the run began on", opened.path, way_out)
+        opened = open_mixture(began["paths"] if store is None else store)
+        run.require_same(opened, began)
         made = prepare(opened, asked, fresh=not checkpoint.steps(path / run.CHECKPOINTS))
         with Log(quiet=quiet) as log:
             training = run.Training(path, asked, made.trainer, opened, log)

@@ -192,7 +192,8 @@ def require_held_out(store: View, rows: RowsConfig | None) -> np.ndarray:
     """The held-out rows that measures read, a mask. Raises StoreError where there is none."""
     kept_N = of_split(store, rows, "held_out")
     if not kept_N.any():
-        documents = f"{store.path} holds out {store.header.plan['documents_held_out']} documents"
+        held_out = {one.path: one.header.plan["documents_held_out"] for one in store.stores}
+        documents = ", ".join(f"{path} holds out {count} documents" for path, count in held_out.items())
         way_out = "Harvest more documents, or a larger share of them (rows.held_out)"
         raise StoreError("no held-out row to measure on", documents, way_out)
     return kept_N

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shared import config as configs
 from shared import files
-from shared.errors import CheckpointError, TrainingError
+from shared.errors import CheckpointError, StoreError, TrainingError
 from shared.log import Log
 from shared.view import View
 from train import checkpoint, report
@@ -68,10 +68,20 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def origin(store: View, sources: list[str]) -> dict[str, Any]:
-    """What a run is trained on: the store's id, place and seals, and per source its model and site."""
-    path = str(store.path.absolute())
+    """What a run is trained on: the store's id, places and seals, and per source its model and site."""
+    paths = [str(one.path.absolute()) for one in store.stores]
     ids = {"id": store.header.id, "members": store.members, "seals": store.seals}
-    return {**ids, "path": path, "rows": store.rows, "sources": Sources(store, sources).described()}
+    return {**ids, "paths": paths, "rows": store.rows, "sources": Sources(store, sources).described()}
+
+
+def require_same(store: View, began: Mapping[str, Any]) -> None:
+    """Raises StoreError where a run did not begin on this store, as `origin` has written it down."""
+    if (store.header.id, store.seals) == (began["id"], began.get("seals")):
+        return
+    way_out = f"Give the store whose id begins with {began['id'][:12]}, as it was"
+    if len(began["paths"]) > 1:
+        way_out = f"Give these as they were, in this order: {', '.join(began['paths'])}"
+    raise StoreError("this is not the store that the run began on", store.place, way_out)
 
 
 class Training:
@@ -115,7 +125,7 @@ class Training:
             return
         if self._store.seals != self._identity["seals"]:
             way_out = "Its last checkpoint is of the store as it was: harvest verify tells what the store is now"
-            raise TrainingError("the store has changed under this run", self._store.path, way_out)
+            raise TrainingError("the store has changed under this run", self._store.place, way_out)
         checkpoint.save(self.trainer, self.folder / CHECKPOINTS, self._identity, self.config.log.keep)
         self._kept = self.trainer.step
 

@@ -92,8 +92,16 @@ def kept_moments(store: View, source: str, kept_N: np.ndarray) -> Moments:
     """The moments of the kept rows of a stored source, exact, in the model's own units.
 
     They are those of the store's class of ordinary training rows, less the few that this run drops for another source's
-    sake. Where the two differ by more than a tenth, all kept rows are read instead.
+    sake. Where the two differ by more than a tenth, in a store of a mixture, all its kept rows are read instead.
     """
+    total, stores = Moments.empty(store.source(source).width), store.stores
+    parts = np.split(kept_N, np.cumsum([one.rows for one in stores])[:-1])
+    for one, part_N in zip(stores, parts, strict=True):
+        total = total.merge(_kept_of_store(one, source, part_N))
+    return total
+
+
+def _kept_of_store(store: View, source: str, kept_N: np.ndarray) -> Moments:
     total = store.moments(source, ["ordinary/train"])
     ordinary_N = ordinary_rows(store, source)
     extra = np.flatnonzero(ordinary_N & ~kept_N)

@@ -1,6 +1,7 @@
 """`train` on the command line: results on stdout, a user's mistake as one line on stderr, and its exit code."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -201,6 +202,27 @@ def test_a_difference_is_a_source_of_run_measure_and_show(say: Say, tmp_path: Pa
     assert "span        only_chat - base: 2 latents, (chat - base) -> (chat - base)\n" in shown
 
 
+def test_several_stores_are_trained_on_and_measured_as_one(
+    store: Store, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = make_store(tmp_path / "more.zarr", rows=150, shard_rows=256, chunk_rows=16, documents=20, corpus="more/")
+    weights = ("--set", "rows.weights.pair=0.3", "--set", "rows.weights={pair = 0.25, more = 0.75}")
+    arguments = ("--method", "topk", *SMALL, "--out", tmp_path / "r", *weights)
+    monkeypatch.chdir(tmp_path)
+    said = say("run", store.path, "more.zarr", *arguments)
+    assert said.code == 0 and f"store       {store.path}\nstore       more.zarr\n" in said.out
+    assert re.search(r", weights \d+\)", said.err)
+    figures = json.loads((tmp_path / "r" / "measure.json").read_text())
+    monkeypatch.chdir(store.path.parent)
+    both = ("--store", store.path, "--store", more.path)
+    assert json.loads(say("measure", tmp_path / "r", "--json").out) == figures
+    assert json.loads(say("measure", tmp_path / "r", *both, "--json").out) == figures
+    alone = json.loads(say("measure", tmp_path / "r", "--store", more.path, "--json").out)
+    assert alone == measure(Dictionary.load(tmp_path / "r"), more, quiet=True)
+    resumed = json.loads(say("resume", tmp_path / "r", *both, "--json").out)
+    assert resumed == {"folder": str(tmp_path / "r"), **figures}
+
+
 @pytest.mark.parametrize("command", ["run", "measure", "methods", "show"])
 def test_every_command_has_help_with_an_example(say: Say, command: str) -> None:
     said = say(command, "--help")
@@ -265,6 +287,21 @@ def test_what_is_no_store_or_not_a_finished_one_is_refused_and_left_alone(
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nowhere", tmp_path / "empty", Path(__file__)):
         assert_one_line(say("run", path, *BASE, "--out", tmp_path / "r"), 1, f"no Granary store here: {path}")
+    assert not (tmp_path / "r").exists()
+
+
+def test_stores_that_make_no_mixture_are_refused_in_one_line(store: Store, say: Say, tmp_path: Path) -> None:
+    narrow = make_store(tmp_path / "narrow.zarr", chunk_rows=16, sources={"a": 6, "b": 3}, corpus="x/")
+    said = say("run", store.path, narrow.path, *BASE, "--out", tmp_path / "r")
+    assert_one_line(said, 1, f"must have the same width of b: {store.path} has 4, {narrow.path} has 3. Harvest")
+    said = say("run", store.path, store.path, *BASE, "--out", tmp_path / "r")
+    assert_one_line(
+        said, 1, f"a store stands twice in a mixture: {store.path} and {store.path} both read the one whose id"
+    )
+    more = make_store(tmp_path / "more.zarr", rows=150, chunk_rows=16, corpus="more/")
+    weights = ("--set", "rows.weights={pair = 1, mor = 2}")
+    said = say("run", store.path, more.path, *BASE, *weights, "--out", tmp_path / "r")
+    assert_one_line(said, 2, "rows.weights names a store that is not there: mor. Did you mean more?")
     assert not (tmp_path / "r").exists()
 
 

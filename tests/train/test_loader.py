@@ -18,8 +18,10 @@ from shared import layout
 from shared.codec import CODECS, Packing
 from shared.errors import StoreDamagedError
 from shared.layout import index_bytes
+from shared.mixture import open_mixture
 from shared.shard import PackedShards
 from shared.store import Store
+from shared.view import View
 from tests.build import make_store
 from tests.device import CPU, every_device
 from train.filter import RowsConfig, kept_rows
@@ -168,6 +170,37 @@ def test_a_packed_store_serves_the_same_bits_from_anywhere(
     with (
         Loader(store, sources, order, batch, steps, CPU, threads) as expected,
         Loader(packed, sources, order, batch, steps, CPU, threads) as found,
+    ):
+        assert all(equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.fixture(scope="module", params=[1, 32, 50, 100])
+def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, View]:
+    """A store, and its rows cut into two stores, of which the second is packed."""
+    folder, factor, rng = tmp_path_factory.mktemp("cut"), {"a": 4.0, "b": 0.5}, np.random.default_rng(0)
+    values = {name: rng.normal(size=(ROWS, width)).astype(np.float32) for name, width in (("a", 6), ("b", 4))}
+    packing = {"rest": Packing("zstd", CODECS["zstd"].default, {"a": 4, "b": 2})}
+
+    def made(name: str, rows: slice) -> Store:
+        own = {source: x_ND[rows] for source, x_ND in values.items()}
+        return make_store(
+            folder / f"{name}.zarr", rows=len(own["a"]), values=own, factor=factor, corpus=f"{name}/",
+            packing=packing.get(name),
+        )  # fmt: skip
+
+    cut = request.param
+    return made("whole", slice(0, ROWS)), open_mixture([made("first", slice(0, cut)), made("rest", slice(cut, ROWS))])
+
+
+@given(st.integers(0, 40), st.integers(1, 60), st.integers(1, 3))
+@settings(max_examples=10, deadline=None)
+def test_a_mixture_of_the_parts_of_a_store_serves_the_same_bits(
+    parts: tuple[Store, View], start: int, batch: int, threads: int
+) -> None:
+    order, steps = Order(np.arange(ROWS) % 7 > 0, 4, 5, seed=0), range(start, start + 9)
+    with (
+        Loader(parts[0], ["b", "a"], order, batch, steps, CPU, threads) as expected,
+        Loader(parts[1], ["b", "a"], order, batch, steps, CPU, threads) as found,
     ):
         assert all(equal(*pair) for pair in zip(found, expected, strict=True))
 

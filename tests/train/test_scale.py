@@ -6,6 +6,7 @@ Letters: N rows, D width of a source.
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,17 @@ import pytest
 import torch
 
 from shared.errors import StoreError
+from shared.family import Wider
 from shared.flags import FIRST, SPECIAL
+from shared.mixture import open_mixture
 from shared.store import Store
+from shared.view import View
 from tests.build import make_store
 from train import scale as scales
 from train.filter import RowsConfig, kept_rows
 from train.order import Order
 from train.scale import Scale, fit, kept_moments
+from train.weights import shares, thinned
 
 ROWS, WIDTHS, FACTORS = 400, {"a": 6, "b": 4}, {"a": 4.0, "b": 0.5}
 Make = Callable[..., Store]
@@ -52,8 +57,8 @@ def order_of(store: Store, sources: list[str]) -> Order:
     return Order(kept_rows(store, RowsConfig(sources=sources)).kept_N, 8, 4, seed=0)
 
 
-def rows(store: Store, source: str, kept_N: np.ndarray) -> np.ndarray:
-    return store.column(f"activations/{source}")[kept_N].astype(np.float64) * store.factor(source)
+def rows(store: View, source: str, kept_N: np.ndarray) -> np.ndarray:
+    return store.stored(source, np.arange(store.rows)[kept_N]).astype(np.float64) * store.factor(source)
 
 
 def expected(x_ND: np.ndarray, kind: str, centre: bool, widths: list[int]) -> tuple[np.ndarray, float]:
@@ -153,6 +158,74 @@ def test_a_median_of_many_rows_is_that_of_a_sample_of_the_kept_ones(
     assert len(sample) == 50 and order.kept_N[sample].all()
     median = float(np.median(np.linalg.norm(rows(store, "b", sample), axis=1)))
     assert float(fit(store, ["b"], order, "median_norm", False).factor("b")) == pytest.approx(2 / median, rel=1e-6)
+
+
+# --- mixtures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(make: Make, store: Store) -> View:
+    rng = np.random.default_rng(6)
+    values = {
+        name: (5 - 2 * rng.normal(size=(250, width)).astype(np.float16)).astype(np.float32) * FACTORS[name]
+        for name, width in WIDTHS.items()
+    }
+    values["a"][rng.random(250) < 0.04] *= 32
+    return open_mixture([store, make(rows=250, values=values, corpus="x/")])
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0], [1.0, 9.0]])
+@pytest.mark.parametrize("kind", ["rms", "median_norm"])
+def test_the_scale_of_a_mixture_is_that_of_the_rows_that_it_keeps(
+    mixed: View, kind: Any, weights: list[float] | None
+) -> None:
+    parts = np.split(kept_rows(mixed).kept_N, [ROWS])
+    if weights is not None:
+        counts = shares([int(part.sum()) for part in parts], weights)
+        parts = [thinned(part, n) for part, n in zip(parts, counts, strict=True)]
+    order = Order(np.concatenate(parts), 8, 4, seed=0)
+    scale = fit(mixed, ["a", "b"], order, kind, True)
+    for name in WIDTHS:
+        x_ND = rows(mixed, name, order.kept_N)
+        mean_D, factor = expected(x_ND, kind, True, list(WIDTHS.values()))
+        np.testing.assert_allclose(scale.mean(name).numpy(), mean_D, rtol=1e-6, atol=1e-6)
+        assert float(scale.factor(name)) == pytest.approx(factor, rel=1e-6)
+
+
+def test_of_a_mixture_only_the_stores_that_gave_rows_away_are_read(
+    mixed: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, genuine = list[tuple[Path, int]](), scales._read_moments
+    monkeypatch.setattr(
+        scales,
+        "_read_moments",
+        lambda one, name, wanted: (read.append((one.path, len(wanted))), genuine(one, name, wanted))[1],
+    )
+    first_N, second_N = np.split(kept_rows(mixed).kept_N, [ROWS])
+    left_N = thinned(first_N, 40)
+    kept_N = np.concatenate([left_N, second_N])
+    moments = kept_moments(mixed, "a", kept_N)
+    first, second = (one.path for one in mixed.stores)
+    dropped = int((scales.ordinary_rows(mixed.stores[1], "a") & ~second_N).sum())
+    assert read == [(first, 40), (second, dropped)] and dropped < 0.1 * second_N.sum()
+    x_ND = rows(mixed, "a", kept_N)
+    assert moments.count == len(x_ND)
+    np.testing.assert_allclose(moments.mean_D, x_ND.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(moments.m2_D, ((x_ND - x_ND.mean(0)) ** 2).sum(0), rtol=1e-9)
+
+
+def test_a_store_of_more_sources_has_its_own_models_beside_it(make: Make, store: Store) -> None:
+    """The flags of model_b decide the class of a row of `a` in one store, and not in the other."""
+    special = np.where(np.arange(ROWS) % 5 == 0, SPECIAL, 0).astype(np.uint8)
+    parent = make(sources={"a": 6}, models={"a": "model_a"}, values=None, special=0.0)
+    more = make(sources={"b": 4}, models={"b": "model_b"}, values=None, flags={"model_b": special}, factor={"b": 0.5})
+    wide = Wider(parent, more)
+    mixed = open_mixture([store, wide])
+    assert [one.beside("a") for one in mixed.stores] == [["model_a", "model_b"], ["model_a"]]
+    kept_N = kept_rows(mixed).kept_N
+    moments = kept_moments(mixed, "a", kept_N)
+    assert moments.count == kept_N.sum()
+    np.testing.assert_allclose(moments.mean_D, rows(mixed, "a", kept_N).mean(0), rtol=1e-3)
 
 
 # --- differences ----------------------------------------------------------------------------------------------------
