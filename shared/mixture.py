@@ -16,7 +16,7 @@ from shared.joined import Joined, plan_of
 from shared.view import View
 
 ALIKE = "Harvest both with the same models and sites under the same names"
-SAME_SCALE = "Harvest one as more rows of the other (harvest run --extends), which keeps the scale"
+SAME_SCALE = "Harvest both corpora into one store, or more rows of one by harvest run --extends, which keeps the scale"
 
 Place = View | str | Path
 

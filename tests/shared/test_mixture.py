@@ -142,7 +142,7 @@ WRONG: dict[str, tuple[dict[str, Any], Change, str]] = {
     "factor": (
         {"factor": {"a": 2.0, "b": 4.0}}, same,
         "the same scale factor of b: {0} has 1.0, {1} has 4.0. "
-        "Harvest one as more rows of the other (harvest run --extends), which keeps the scale",
+        "Harvest both corpora into one store, or more rows of one by harvest run --extends, which keeps the scale",
     ),
 }  # fmt: skip
 
