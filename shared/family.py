@@ -1,10 +1,6 @@
-"""Siblings as one: a store, and the stores that it extends, by more rows or by more sources (STORE.md).
+"""Siblings as one: a store, and the stores that it extends, by more rows or by more sources (STORE.md)."""
 
-Letters: N rows, B rows that are asked for, D width of a source.
-"""
-
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +9,12 @@ import numpy as np
 
 from shared.errors import StoreError
 from shared.header import Header
+from shared.joined import OF_ROWS, Joined, plan_of
 from shared.layout import GROUP
-from shared.shard import Piece, Shards
+from shared.shard import Shards
 from shared.store import Store
 from shared.view import View
 
-OF_SOURCES = ("activations", "norms", "faults", "moments")
 OF_MODELS = ("rows", "tokens", "batches")
 
 
@@ -29,7 +25,7 @@ def open_family(path: str | Path) -> View:
     if extends is None:
         return store
     parent = open_family(parent_of(store))
-    return Longer(parent, store) if extends.kind == "rows" else Wider(parent, store)
+    return longer(parent, store) if extends.kind == "rows" else Wider(parent, store)
 
 
 def parent_of(store: Store) -> Path:
@@ -61,59 +57,11 @@ def _header(first: View, then: Store, **changed: Any) -> Header:
     return replace(then.header, spec={"family": ids}, codec=None, extends=None, **changed)
 
 
-class Longer(View):
+def longer(first: View, then: Store) -> View:
     """More rows of the same sources: those of `first`, and behind them those of `then`."""
-
-    def __init__(self, first: View, then: Store) -> None:
-        assert first.header.sources == then.header.sources and first.chunk_rows == then.chunk_rows
-        self._first, self._then = first, then
-        plan = dict(first.header.plan)
-        for name in ("rows", "shards", "documents", "documents_held_out", "segments"):
-            plan[name] += then.header.plan[name]
-        super().__init__(then.path, _header(first, then, plan=plan, scale=first.header.scale))
-
-    @property
-    def members(self) -> list[str]:
-        return [*self._first.members, *self._then.members]
-
-    @property
-    def seals(self) -> list[str]:
-        return [*self._first.seals, *self._then.seals]
-
-    def beside(self, source: str) -> list[str]:
-        return self._first.beside(source)
-
-    def rows_of(self, shard: int) -> range:
-        if shard < self._first.shards:
-            return self._first.rows_of(shard)
-        rows = self._then.rows_of(shard - self._first.shards)
-        return range(self._first.rows + rows.start, self._first.rows + rows.stop)
-
-    def activations(self, source: str) -> Shards:
-        return _Both(self._first.activations(source), self._then.activations(source), self._first.rows)
-
-    def map(self, name: str, index: int = 0) -> np.ndarray:
-        if index < self._first.shards:
-            return self._first.map(name, index)
-        return self._then.map(name, index - self._first.shards) + self._shift(name)
-
-    def column(self, name: str) -> np.ndarray:
-        parts = self._first.column(name), self._then.column(name) + self._shift(name)
-        return np.concatenate([parts[0][:-1] if name == "documents/row" else parts[0], parts[1]])
-
-    def _shift(self, name: str) -> Any:
-        """What the numbers of a table count from, in its own type. Refuses tables that one store alone has."""
-        kind, *rest = name.split("/")
-        if name == "rows/document":
-            return np.int32(self._first.header.plan["documents"])
-        if name == "documents/row":
-            return np.int64(self._first.rows)
-        if name == "documents/id_end":
-            return np.int64(len(self._first.column("documents/id")))
-        if kind in OF_SOURCES or name in ("documents/id", "documents/split") or rest[-1:] in (["flags"], ["position"]):
-            return np.uint8(0)
-        way_out = f"Open one store of the family: Store.open({str(self._then.path)!r})"
-        raise StoreError("this table is not joined over siblings", name, way_out)
+    assert first.header.sources == then.header.sources and first.chunk_rows == then.chunk_rows
+    header = _header(first, then, plan=plan_of([first, then]), scale=first.header.scale)
+    return Joined(then.path, header, [first, then])
 
 
 class Wider(View):
@@ -154,36 +102,6 @@ class Wider(View):
     def _of(self, name: str) -> View:
         """Which of the two holds an array."""
         kind, owner, *rest = name.split("/")
-        if kind in OF_SOURCES:
+        if kind in OF_ROWS:
             return self._first if owner in self._first.header.sources else self._then
         return self._then if kind in OF_MODELS and rest and owner not in self._first.header.models else self._first
-
-
-class _Both(Shards):
-    """The rows of two stores, one behind the other. Rows are asked for in ascending order."""
-
-    def __init__(self, first: Shards, then: Shards, border: int) -> None:
-        self._first, self._then, self._border = first, then, border
-
-    def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
-        split = int(np.searchsorted(rows_B, self._border))
-        if split:
-            self._first.take(rows_B[:split], out_BD[:split], pool)
-        if split < len(rows_B):
-            self._then.take(rows_B[split:] - self._border, out_BD[split:], pool)
-
-    def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:
-        one, two = self._split(pieces)
-        self._first.will_need(one, pool)
-        self._then.will_need(two, pool)
-
-    def forget(self, pieces: Sequence[Piece]) -> None:
-        one, two = self._split(pieces)
-        self._first.forget(one)
-        self._then.forget(two)
-
-    def _split(self, pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
-        border = self._border
-        one = [(start, min(stop, border)) for start, stop in pieces if start < border]
-        two = [(max(start, border) - border, stop - border) for start, stop in pieces if stop > border]
-        return one, two

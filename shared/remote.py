@@ -4,6 +4,7 @@ environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT and so on).
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import threading
@@ -44,6 +45,11 @@ def place(url: str, below: str | Path) -> Path:
     """The folder for the store at a URL: named by its last part and its hash."""
     url = url.rstrip("/")
     return Path(below).expanduser() / f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
+def name_of(path: Path) -> str:
+    """What a store is called: its folder's name, of a copy (`place`) the last part of the URL, without .zarr."""
+    return re.sub(r"\.zarr(-[0-9a-f]{12})?$", "", path.absolute().name)
 
 
 class Remote:

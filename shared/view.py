@@ -1,10 +1,10 @@
-"""What can be read: one store, or siblings as one (shared.family).
+"""What can be read: one store, siblings as one (shared.family), or a mixture of such (shared.mixture).
 
 Letters: N rows, B rows that are asked for, D width of a source, K length of packed moments.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 
 
 class View(ABC):
-    """Rows of several sources, numbered from 0, and the tables beside them. `path` is where people find it."""
+    """Rows of several sources, numbered from 0, and the tables beside them.
 
-    def __init__(self, path: Path, header: Header) -> None:
+    `path` is where people find it; of a mixture, the first of its stores.
+    """
+
+    def __init__(self, path: Path, header: Header, stores: Sequence["View"] = ()) -> None:
         self.path, self.header = path, header
+        self._stores = stores
         self.rows: int = header.plan["rows"]
         self.chunk_rows: int = header.plan["chunk_rows"]
         self.shards: int = header.plan["shards"]
@@ -36,7 +40,17 @@ class View(ABC):
 
     def __repr__(self) -> str:
         sources = ", ".join(f"{name} ({one.width})" for name, one in self.header.sources.items())
-        return f"{type(self).__name__}({str(self.path)!r}: {self.rows:,} rows of {sources})"
+        return f"{type(self).__name__}({self.place!r}: {self.rows:,} rows of {sources})"
+
+    @property
+    def stores(self) -> list["View"]:
+        """The stores of a mixture, in the order of their rows; of anything else, itself."""
+        return list(self._stores) or [self]
+
+    @property
+    def place(self) -> str:
+        """Where people find all of it."""
+        return ", ".join(str(store.path) for store in self.stores)
 
     @property
     @abstractmethod

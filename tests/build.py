@@ -40,6 +40,7 @@ def make_store(
     split: np.ndarray | None = None,  # uint8 [n] instead of a draw
     seed: int = 0,
     packing: Packing | None = None,  # how the activations are encoded
+    corpus: str = "",  # before the ids of the documents, and part of the store's id
 ) -> Store:
     """A finished store at `path`. Every row of a document is one token of one segment; all models read the same."""
     rng = np.random.default_rng(seed)
@@ -51,8 +52,8 @@ def make_store(
     position_N = np.arange(rows) - row_n[document_N]
     drawn = {name: _flags(rng, position_N, special) for name in dict.fromkeys(of.values())}
     flags_N = {**drawn, **(flags or {})}
-    tables = _tables(rows, shard_rows, row_n, split_n, document_N, position_N, flags_N)
-    header = replace(_header(rows, shard_rows, chunk_rows, widths, of, tables), codec=packing)
+    tables = _tables(rows, shard_rows, row_n, split_n, document_N, position_N, flags_N, corpus)
+    header = replace(_header(rows, shard_rows, chunk_rows, widths, of, tables, corpus), codec=packing)
     store = Store.create(path, header, tables)
 
     factors = {name: (factor or {}).get(name, 1.0) for name in widths}
@@ -71,10 +72,10 @@ def _flags(rng: np.random.Generator, position_N: np.ndarray, special: float) -> 
 
 def _tables(
     rows: int, shard_rows: int, row_n: np.ndarray, split_n: np.ndarray,
-    document_N: np.ndarray, position_N: np.ndarray, flags: Mapping[str, np.ndarray],
+    document_N: np.ndarray, position_N: np.ndarray, flags: Mapping[str, np.ndarray], corpus: str,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The plan: one segment per document that has rows, one batch per shard with all segments that reach into it."""
-    ids = [f"document-{d}".encode() for d in range(len(split_n))]
+    ids = [f"{corpus}document-{d}".encode() for d in range(len(split_n))]
     document_G = np.flatnonzero(np.diff(row_n))
     shards = -(-rows // shard_rows)
     batches = [np.unique(document_N[s * shard_rows : (s + 1) * shard_rows]) for s in range(shards)]
@@ -103,7 +104,7 @@ def _tables(
 
 def _header(
     rows: int, shard_rows: int, chunk_rows: int, widths: Mapping[str, int], of: Mapping[str, str],
-    tables: Mapping[str, np.ndarray],
+    tables: Mapping[str, np.ndarray], corpus: str,
 ) -> Header:  # fmt: skip
     names = list(dict.fromkeys(of.values()))
     models = {
@@ -120,7 +121,7 @@ def _header(
         "dtype": "float16",
     }  # fmt: skip
     spec = {"models": {name: model.identity() for name, model in models.items()}, "widths": dict(widths), "rows": rows}
-    return Header(spec, models, sources, plan)
+    return Header(spec | ({"corpus": corpus} if corpus else {}), models, sources, plan)
 
 
 def _values(

@@ -10,7 +10,7 @@ import typer
 from shared import config as configs
 from shared import files, remote
 from shared.errors import CheckpointError, ConfigError, StoreError, TrainingError, one_line
-from shared.family import open_family
+from shared.mixture import open_mixture
 from shared.view import View
 from train import measure as measuring
 from train import method as method_files
@@ -21,6 +21,8 @@ from train.fit import Run, Sweep, fit, resume_sweep, sweep
 from train.fit import resume as going_on
 from train.outlook import outlook, text
 from train.run import config_of, folders_of
+from train.sources import Sources as StoreSources
+from train.sources import in_brackets
 from train.sweep import TABLE, expand
 
 app = typer.Typer(
@@ -33,7 +35,7 @@ Stage = Annotated[
     str | None, typer.Option("--stage", help="Where the copy of a store at a URL lies; none: in the user's cache.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Cache = Annotated[str, typer.Argument(help="A finished store: its folder, or its URL.")]
+Caches = Annotated[list[str], typer.Argument(help="A finished store, or several as one: folders or URLs.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file of the run, or of several in its table [sweep].")
 ]
@@ -48,7 +50,8 @@ WiringKind = Annotated[
 ]
 Latents = Annotated[int | None, typer.Option("--latents", help="Latents of the dictionary (wiring.latents).")]
 Sources = Annotated[
-    str | None, typer.Option("--sources", help="Sources in order, with commas: gemma,smol (wiring.sources).")
+    str | None,
+    typer.Option("--sources", help='In order, with commas: gemma,smol or "base,chat - base" (wiring.sources).'),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser updates (steps).")]
 Batch = Annotated[int | None, typer.Option("--batch", help="Rows of a batch (batch).")]
@@ -73,12 +76,13 @@ def main() -> None:
 
 @app.command()
 def run(
-    cache: Cache, config_file: ConfigFile = None, settings: Settings = None, grid: Grid = None,
+    caches: Caches, config_file: ConfigFile = None, settings: Settings = None, grid: Grid = None,
     method: MethodName = None, wiring: WiringKind = None, latents: Latents = None, sources: Sources = None,
     steps: Steps = None, batch: Batch = None, seed: Seed = None, device: Device = None, threads: Threads = None,
     memory: Memory = None, gpus: Gpus = None, out: Out = None, below: Stage = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Train a dictionary on a store, measure it on held-out documents, and write a report; or several at once.
+    """Train a dictionary on a store (or several as one), measure it on held-out documents, and write a report. Or train
+    several dictionaries at once.
 
     Example: train run pair.zarr --method batch_topk --wiring dedicated --latents 16384 --steps 5000 --set method.k=64
     """
@@ -89,16 +93,16 @@ def run(
     )  # fmt: skip
     folder = None if out is None else remote.local(out, "A run is written to a folder (--out)")
     with parallel.joined(str(asked.get("device", "auto"))):
-        store = _opened(cache, below, as_json)
+        store = _opened(caches, below, as_json)
         if TABLE in asked or gpus is not None:
-            _tell_all(sweep(store, asked, folder, memory=_bytes(memory), gpus=_numbers(gpus)), cache, as_json)
+            _tell_all(sweep(store, asked, folder, memory=_bytes(memory), gpus=_numbers(gpus)), caches, as_json)
         else:
-            _tell(fit(store, asked, folder), cache, as_json)
+            _tell(fit(store, asked, folder), caches, as_json)
 
 
 @app.command()
 def plan(
-    cache: Cache, config_file: ConfigFile = None, settings: Settings = None, grid: Grid = None,
+    caches: Caches, config_file: ConfigFile = None, settings: Settings = None, grid: Grid = None,
     method: MethodName = None, wiring: WiringKind = None, latents: Latents = None, sources: Sources = None,
     steps: Steps = None, batch: Batch = None, seed: Seed = None, device: Device = None, threads: Threads = None,
     memory: Memory = None, out: Out = None, below: Stage = None, as_json: Json = False,
@@ -112,14 +116,16 @@ def plan(
         {"method.name": method, "wiring.kind": wiring, "wiring.latents": latents, "wiring.sources": sources,
          "steps": steps, "batch": batch, "seed": seed, "device": device, "threads": threads},
     )  # fmt: skip
-    told = outlook(_opened(cache, below, as_json), expand(asked), _bytes(memory), Path(out or "runs"))
+    told = outlook(_opened(caches, below, as_json), expand(asked), _bytes(memory), Path(out or "runs"))
     print(json.dumps(told) if as_json else text(told))
 
 
 @app.command()
 def resume(
     run_folders: Annotated[list[str], typer.Argument(help="The folder of a run or of a sweep; or several.")],
-    cache: Annotated[str | None, typer.Option("--store", help="Where its store lies now; none: where it was.")] = None,
+    caches: Annotated[
+        list[str] | None, typer.Option("--store", help="Where its store lies now, each of several; none: where it was.")
+    ] = None,
     memory: Memory = None,
     gpus: Gpus = None,
     below: Stage = None,
@@ -134,11 +140,11 @@ def resume(
     folders = [_run_folder(one) for one in run_folders]
     runs = [one for folder in folders for one in folders_of(folder)]
     with parallel.joined(config_of(runs[0]).device):
-        opened = _opened(cache, below, as_json) if cache else None
+        opened = _opened(caches, below, as_json) if caches else None
         if runs != folders or len(runs) > 1 or gpus is not None:
-            _tell_all(resume_sweep(folders, opened, memory=_bytes(memory), gpus=_numbers(gpus)), cache, as_json)
+            _tell_all(resume_sweep(folders, opened, memory=_bytes(memory), gpus=_numbers(gpus)), caches, as_json)
         else:
-            _tell(going_on(folders[0], opened), cache or _own_store(folders[0]), as_json)
+            _tell(going_on(folders[0], opened), caches or _own_stores(folders[0]), as_json)
 
 
 def _asked(
@@ -147,7 +153,7 @@ def _asked(
     """The tables of a config: the file, over it what was set, over that the flags, and a sweep where there is one."""
     data = configs.read_toml(config_file) if config_file else {}
     if flags["wiring.sources"] is not None:
-        flags["wiring.sources"] = flags["wiring.sources"].split(",")
+        flags["wiring.sources"] = [name.strip() for name in flags["wiring.sources"].split(",")]
     asked = configs.override(data, [*(settings or []), *configs.settings(flags)])
     for one in grid or []:
         key, _, values = one.partition("=")
@@ -170,7 +176,7 @@ def _numbers(gpus: str | None) -> list[int] | None:
         raise ConfigError("wrong value for --gpus", gpus, "Give numbers, such as 0,1, or: all") from None
 
 
-def _tell_all(made: Sweep, store: str | None, as_json: bool) -> None:
+def _tell_all(made: Sweep, stores: list[str] | None, as_json: bool) -> None:
     """The runs side by side. Raises TrainingError where one failed."""
     if parallel.rank():  # the first one tells
         return
@@ -181,7 +187,10 @@ def _tell_all(made: Sweep, store: str | None, as_json: bool) -> None:
     else:
         if figures:
             print(report.compared(figures))
-            print(f"\nstore   {store or _own_store(made.runs[0].folder)}\nruns    {made.folder}")
+            print()
+            for store in stores or _own_stores(made.runs[0].folder):
+                print(f"store   {store}")
+            print(f"runs    {made.folder}")
         for path, error in made.failed.items():
             print(f"{path.name}: {error}")
     if made.failed:
@@ -189,20 +198,23 @@ def _tell_all(made: Sweep, store: str | None, as_json: bool) -> None:
         raise TrainingError("runs failed", count, f"To go on with them: train resume {made.folder}")
 
 
-def _tell(made: Run, store: str, as_json: bool) -> None:
+def _tell(made: Run, stores: list[str], as_json: bool) -> None:
     if parallel.rank():  # the first one tells
         return
     if as_json:
         print(json.dumps({"folder": str(made.folder), **made.figures}))
         return
-    print(report.text(made.figures))
-    print(f"\nstore       {store}\ndictionary  {made.folder / 'dictionary'}\nreport      {made.folder / report.PAGE}")
+    print(f"{report.text(made.figures)}\n")
+    print("\n".join(f"store       {store}" for store in stores))
+    print(f"dictionary  {made.folder / 'dictionary'}\nreport      {made.folder / report.PAGE}")
 
 
 @app.command()
 def measure(
     run_folder: RunFolder,
-    cache: Annotated[str | None, typer.Option("--store", help="The store to measure on; none: the run's own.")] = None,
+    caches: Annotated[
+        list[str] | None, typer.Option("--store", help="The store to measure on, or several; none: the run's own.")
+    ] = None,
     below: Stage = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="Rows of each split to read at most; none: as the run did.")
@@ -216,11 +228,14 @@ def measure(
     """
     folder = _run_folder(run_folder)
     dictionary = Dictionary.load(folder, device)
-    store = _opened(cache or _own_store(folder), below, as_json)
+    store = _opened(caches or _own_stores(folder), below, as_json)
     _require_same_sites(folder, store, dictionary)
     trained = _own_config(folder)
     most = rows or (trained.log if trained else LogConfig()).measure_rows
-    figures = measuring.measure(dictionary, store, most, trained.rows if trained else None, as_json)
+    kept = trained.rows if trained else None
+    if kept and len(store.stores) == 1:
+        kept = kept.model_copy(update={"weights": None})  # which are shares of several
+    figures = measuring.measure(dictionary, store, most, kept, as_json)
     print(json.dumps(figures) if as_json else report.text(figures))
 
 
@@ -265,13 +280,13 @@ def show(
     for name, width in described["sources"].items():
         print(f"source      {name}: width {width}, rows are scaled by {described['scale'][name]:.6g}")
     for span in described["spans"]:
-        ends = f"{' + '.join(span['readers'])} -> {' + '.join(span['writers'])}"
+        ends = " -> ".join(" + ".join(map(in_brackets, span[key])) for key in ("readers", "writers"))
         print(f"span        {span['name']}: {span['size']:,} latents, {ends}")
 
 
-def _opened(store: str, below: str | None, quiet: bool) -> View:
-    """The store in a folder; of one at a URL the copy on this machine, which is made first."""
-    return open_family(remote.stage(store, below, quiet) if remote.is_url(store) else store)
+def _opened(stores: list[str], below: str | None, quiet: bool) -> View:
+    """The stores in these folders as one; of one at a URL the copy on this machine, which is made first."""
+    return open_mixture([remote.stage(one, below, quiet) if remote.is_url(one) else one for one in stores])
 
 
 def _run_folder(path: str) -> Path:
@@ -283,8 +298,8 @@ def _require_same_sites(folder: Path, store: View, dictionary: Dictionary) -> No
     if (origin := _of_run(folder, report.STORE)) is None:
         return
     trained_on = files.read_json(origin)["sources"]
-    for name in dictionary.wiring.widths:
-        asked, found = trained_on[name]["site"], store.source(name).site
+    for name, one in StoreSources(store, dictionary.wiring.widths).described().items():
+        asked, found = trained_on[name]["site"], one["site"]
         if asked != found:
             way_out = "Give a store of the site that it was trained on"
             raise StoreError(f"{name} is another site in this store", f"{asked} -> {found}", way_out)
@@ -296,10 +311,10 @@ def _own_config(folder: Path) -> TrainConfig | None:
     return configs.parse(TrainConfig, configs.read_toml(found)) if found else None
 
 
-def _own_store(folder: Path) -> str:
+def _own_stores(folder: Path) -> list[str]:
     if (origin := _of_run(folder, report.STORE)) is None:
         raise CheckpointError("this folder does not name its store", folder, "Give --store CACHE")
-    return str(files.read_json(origin)["path"])
+    return [str(path) for path in files.read_json(origin)["paths"]]
 
 
 def _of_run(folder: Path, name: str) -> Path | None:

@@ -18,7 +18,7 @@ class WiringConfig(Config):
     kind: Literal["autoencoder", "transcoder", "crosscoder", "dedicated"] = "crosscoder"  # who reads and writes
     latents: int = Field(ge=1)  # of the whole dictionary
     sources: list[str] | None = (
-        None  # in order; none: all of the store. A transcoder reads the first, writes the second
+        None  # in order, differences such as "chat - base" too; none: all of the store. A transcoder: first -> second
     )
     exclusive: int | float | dict[str, int | float] = 0.05  # dedicated: latents (integer) or share per source
     norm: Norm = "sum"  # the decoder norm that weights sparsity and selection: sum, joint, mean, none

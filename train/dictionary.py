@@ -21,6 +21,7 @@ from shared.errors import CheckpointError, RowsError
 from train import method as methods
 from train.code import Activation, DenseCode, Forward, Ports, Pre
 from train.scale import Scale
+from train.sources import parts
 from train.wiring import Span, Wiring
 
 FORMAT = 1
@@ -115,7 +116,15 @@ class Dictionary(nn.Module):
         return Pre(self.wiring, scaled, {n: self.encoder[n] for n in self.encoder}, self.reads, self.activation.bias_L)
 
     def _rows(self, source: str, x: Mapping[str, Tensor]) -> Tensor:
-        width, way_out = self.wiring.widths[source], "Give {source: rows [B, width]}, as Store.read does"
+        """The rows of a source; those of a difference are made of its two sources where they are not given."""
+        width = self.wiring.widths[source]
+        if source in x or len(parts(source)) == 1:
+            return self._given(source, x, width)
+        whole_BD, less_BD = (self._given(part, x, width).float() for part in parts(source))
+        return whole_BD - less_BD
+
+    def _given(self, source: str, x: Mapping[str, Tensor], width: int) -> Tensor:
+        way_out = "Give {source: rows [B, width]}, as Store.read does"
         if source not in x:
             raise RowsError("no rows of a source that the dictionary takes", source, way_out)
         rows_BD = torch.as_tensor(x[source])

@@ -9,8 +9,8 @@ from typing import Any
 from shared import config as configs
 from shared import files
 from shared.errors import ConfigError, GranaryError
-from shared.family import open_family
 from shared.log import Log
+from shared.mixture import Place, open_mixture
 from shared.view import View
 from train import parallel, plan, prepare, report, run, spread, together
 from train.config import TrainConfig
@@ -45,13 +45,15 @@ class Sweep:
     failed: dict[Path, GranaryError]
 
 
-def fit(store: View | str | Path, config: Config, folder: str | Path | None = None, quiet: bool = False) -> Run:
-    """Train one dictionary on a store, or on that at a path. `config` is a TrainConfig or its tables as a mapping.
+def fit(store: Place | Sequence[Place], config: Config, folder: str | Path | None = None, quiet: bool = False) -> Run:
+    """Train one dictionary on a store, or on several as one (shared.mixture), open or by their paths.
+
+    `config` is a TrainConfig or its tables as a mapping.
 
     The folder (none: a new one below runs/) gets config.toml, store.json, metrics.jsonl, checkpoints/, dictionary/,
     measure.json and report.html. Raises ConfigError, WiringError, StoreError, TrainingError or CheckpointError.
     """
-    asked, opened = _parsed(config), _opened(store)
+    asked, opened = _parsed(config), open_mixture(store)
     parallel.first(lambda: run.require_free(folder))
     [ready] = prepare.ready(opened, [asked])
     plan.require_memory(ready)
@@ -60,7 +62,7 @@ def fit(store: View | str | Path, config: Config, folder: str | Path | None = No
 
 
 def sweep(
-    store: View | str | Path, config: Mapping[str, Any] | Sequence[Config], folder: str | Path | None = None,
+    store: Place | Sequence[Place], config: Mapping[str, Any] | Sequence[Config], folder: str | Path | None = None,
     quiet: bool = False, memory: int | None = None, gpus: Sequence[int] | None = None,
 ) -> Sweep:  # fmt: skip
     """Train several dictionaries on a store: the runs that `config` names in its table `sweep`, or a list of configs.
@@ -71,7 +73,7 @@ def sweep(
     The folder (none: a new one below runs/) gets the folder of every run, as `fit` writes it.
     Raises ConfigError, WiringError or StoreError before anything is written.
     """
-    asked, opened = _asked(config), _opened(store)
+    asked, opened = _asked(config), open_mixture(store)
     parallel.first(lambda: run.require_free(folder))
     devices = None if gpus is None else spread.devices(gpus)
     ready = prepare.ready(opened, [one.config for one in asked])
@@ -80,12 +82,12 @@ def sweep(
     places = [place / one.name for one in asked]
     folders = parallel.first(lambda: [_claimed(path, opened, one) for path, one in zip(places, ready, strict=True)])
     if devices is not None:
-        return _spread(ready, folders, devices, folders, place, quiet)
+        return _spread(opened, ready, folders, devices, folders, place, quiet)
     members = [Member(path, one) for path, one in zip(folders, ready, strict=True)]
     return _together(opened, [[members[n] for n in one] for one in passes], folders, place, quiet)
 
 
-def resume(folder: str | Path, store: View | str | Path | None = None, quiet: bool = False) -> Run:
+def resume(folder: str | Path, store: Place | Sequence[Place] | None = None, quiet: bool = False) -> Run:
     """Go on with a run from its last checkpoint, to the bits that it would have had without a break.
 
     `store` (none: where it was) must be the one that the run began on. A finished run is returned as it is. Raises
@@ -95,13 +97,13 @@ def resume(folder: str | Path, store: View | str | Path | None = None, quiet: bo
     asked = run.config_of(path)
     if run.finished(path):
         return _result(path)
-    opened = run.store_of(path, None if store is None else _opened(store))
+    opened = run.store_of(path, None if store is None else open_mixture(store))
     [ready] = prepare.ready(opened, [asked])
     return _alone(opened, Member(path, ready, goes_on=True), quiet)
 
 
 def resume_sweep(
-    places: str | Path | Sequence[str | Path], store: View | str | Path | None = None, quiet: bool = False,
+    places: str | Path | Sequence[str | Path], store: Place | Sequence[Place] | None = None, quiet: bool = False,
     memory: int | None = None, gpus: Sequence[int] | None = None,
 ) -> Sweep:  # fmt: skip
     """Go on with the runs of a sweep, or with several runs, as `resume` does with one.
@@ -114,21 +116,21 @@ def resume_sweep(
     if not left:
         return _results(given[0], folders, {})
     asked = [run.config_of(path) for path in left]
-    opened = run.store_of(left[0], None if store is None else _opened(store))
+    opened = run.store_of(left[0], None if store is None else open_mixture(store))
     for path in left[1:]:
         run.store_of(path, opened)
     devices = None if gpus is None else spread.devices(gpus)
     ready = prepare.ready(opened, asked)
     if devices is not None:
-        return _spread(ready, left, devices, folders, given[0], quiet)
+        return _spread(opened, ready, left, devices, folders, given[0], quiet)
     passes = _passes(ready, [run.kept_step(path) for path in left], memory, quiet)
     members = [Member(path, one, goes_on=True) for path, one in zip(left, ready, strict=True)]
     return _together(opened, [[members[n] for n in one] for one in passes], folders, given[0], quiet)
 
 
 def _spread(
-    ready: Sequence[Ready], left: Sequence[Path], devices: Sequence[str], folders: Sequence[Path], place: Path,
-    quiet: bool,
+    store: View, ready: Sequence[Ready], left: Sequence[Path], devices: Sequence[str], folders: Sequence[Path],
+    place: Path, quiet: bool,
 ) -> Sweep:  # fmt: skip
     """Runs over GPUs, each in the process of its device."""
     parts = spread.shares(ready, len(devices))
@@ -137,7 +139,8 @@ def _spread(
         for part, log in zip(parts, logs, strict=True):
             console.event("spread", f"{len(part)} runs, told in {log}: {', '.join(left[n].name for n in part)}")
     environments = [{"CUDA_VISIBLE_DEVICES": name} for name in devices[: len(parts)]]
-    spread.run([[left[n] for n in part] for part in parts], environments, logs)
+    stores = [one.path for one in store.stores]
+    spread.run([[left[n] for n in part] for part in parts], stores, environments, logs)
     failed: dict[Path, GranaryError] = {}
     for part, log in zip(parts, logs, strict=True):
         failed |= {left[n]: run.ended(left[n], log) for n in part if not run.finished(left[n])}
@@ -184,10 +187,6 @@ def _passes(ready: Sequence[Ready], begun: Sequence[int], memory: int | None, qu
     told = f"{len(ready)} runs, {sizes} at once" + (f", since they differ in {why}" if why else "")
     Log(quiet=quiet or parallel.rank() > 0).event("passes", told)
     return passes
-
-
-def _opened(store: View | str | Path) -> View:
-    return open_family(store) if isinstance(store, str | Path) else store
 
 
 def _parsed(config: Config) -> TrainConfig:

@@ -18,6 +18,7 @@ from shared import layout
 from shared.view import View
 from train.order import Order
 from train.reader import Reader
+from train.sources import Sources
 
 SLOTS = 4  # batches that are loaded ahead
 PIECE_BYTES = 2**20  # of a source's rows that are gathered before they are cast, on the CPU
@@ -39,11 +40,12 @@ class _Slot:
     """
 
     def __init__(
-        self, widths: dict[str, int], dtype: torch.dtype, batch: int, device: torch.device, reuse: bool
-    ) -> None:
+        self, stored: dict[str, int], widths: dict[str, int], dtype: torch.dtype, batch: int, device: torch.device,
+        reuse: bool,
+    ) -> None:  # fmt: skip
         cuda = device.type == "cuda"
-        self.piece = batch if cuda else min(batch, max(1, PIECE_BYTES // (dtype.itemsize * max(widths.values()))))
-        self.x = {name: torch.empty(self.piece, width, dtype=dtype, pin_memory=cuda) for name, width in widths.items()}
+        self.piece = batch if cuda else min(batch, max(1, PIECE_BYTES // (dtype.itemsize * max(stored.values()))))
+        self.x = {name: torch.empty(self.piece, width, dtype=dtype, pin_memory=cuda) for name, width in stored.items()}
         self.arrays = {name: layout.stored(x_BD) for name, x_BD in self.x.items()}
         self.read = torch.cuda.Event(blocking=True) if cuda else None
         self.floats = {name: torch.empty(batch, width) for name, width in widths.items()} if reuse and not cuda else {}
@@ -52,8 +54,8 @@ class _Slot:
 class Loader:
     """The batches of `steps`, in their order, whatever the number of threads.
 
-        order -> rows_B -> slot (16 bits, reused) -> copy stream -> device (-> float32 x factor) -> Rows
-        |------------------- threads, at most `slots` batches ahead -----------------------------|
+        order -> rows_B -> slot (16 bits, reused) -> copy stream -> device (-> float32 of train.sources) -> Rows
+        |------------------- threads, at most `slots` batches ahead ------------------------------------|
 
     Used as a context manager, or closed by close(). An error in a thread ends the iteration with its own traceback.
     `waited_s` is how long the consumer waited; `bytes_served` counts what was read from the store. With `reuse` a batch
@@ -67,10 +69,9 @@ class Loader:
         assert batch > 0 and threads > 0 and slots > 0 and len(order.kept_N) == store.rows
         self.order, self.batch, self.device, self.rank, self.world = order, batch, device, rank, world
         self.waited_s, self.rows_served, self.bytes_served = 0.0, 0, 0
-        self._reader = Reader(store, sources)
-        self._widths = self._reader.widths
-        self._row_bytes = store.dtype.itemsize * sum(self._widths.values())
-        self._factors = {name: store.factor(name) for name in sources}
+        self._sources = Sources(store, sources)
+        self._reader = Reader(store, self._sources.stored)
+        self._row_bytes = store.dtype.itemsize * sum(self._reader.widths.values())
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._drawing = threading.Lock()
         self._asked = self._passed = -1  # how far in the line of blocks; none yet
@@ -78,7 +79,7 @@ class Loader:
         self._flying: deque[tuple[Future[Rows], _Slot]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="granary-loader")
         for _ in range(min(slots, len(steps))):
-            self._launch(_Slot(self._widths, store.dtype, batch, device, reuse))
+            self._launch(_Slot(self._reader.widths, self._sources.widths, store.dtype, batch, device, reuse))
 
     def __iter__(self) -> Iterator[Rows]:
         while self._flying:
@@ -150,7 +151,7 @@ class Loader:
         rows_B = np.sort(rows_B)
         with self._copying():
             x = slot.floats or {
-                name: torch.empty(self.batch, w, device=self.device) for name, w in self._widths.items()
+                name: torch.empty(self.batch, w, device=self.device) for name, w in self._sources.widths.items()
             }
             for start in range(0, self.batch, slot.piece):
                 part_B = rows_B[start : start + slot.piece]
@@ -174,11 +175,11 @@ class Loader:
         return range(asked, self._asked), range(passed, self._passed)
 
     def _send(self, slot: _Slot, x: dict[str, torch.Tensor]) -> None:
-        """Copy a piece to the device and cast it there, so that half the bytes travel."""
-        for name, x_BD in x.items():
-            x_BD.copy_(slot.x[name][: len(x_BD)].to(self.device, non_blocking=self._stream is not None))
-            if self._factors[name] != 1.0:
-                x_BD.mul_(self._factors[name])
+        """Copy a piece to the device and make floats of it there, so that half the bytes travel."""
+        rows = len(next(iter(x.values())))
+        for name in self._sources.stored:
+            stored_BD = slot.x[name][:rows].to(self.device, non_blocking=self._stream is not None)
+            self._sources.put(name, stored_BD, x)
         if slot.read is not None:
             slot.read.record()
 

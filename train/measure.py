@@ -19,6 +19,7 @@ from train.dictionary import Dictionary, relative_norms
 from train.filter import RowsConfig, kept_rows
 from train.order import Order
 from train.reader import Reader
+from train.sources import Sources
 
 BATCH = 2048
 EXCLUSIVE = 0.8  # R above which a latent counts as exclusive to a source (DFC paper, section 1.5)
@@ -165,11 +166,11 @@ def measure_all(
     dictionaries: Sequence[Dictionary], store: View, most: int, rows: RowsConfig | None, quiet: bool
 ) -> list[dict[str, Any]]:
     """The figures of each, as `measure` gives them: the rows are read once for all."""
-    widths = {name: width for one in dictionaries for name, width in one.wiring.widths.items()}
+    names = list(dict.fromkeys(name for one in dictionaries for name in one.wiring.widths))
     for one in dictionaries:
-        for source, width in one.wiring.widths.items():
-            if (found := store.source(source).width) != width:
-                value, way_out = f"{source} has {found}, the dictionary {width}", "Give the store it was trained on"
+        for source, width in Sources(store, one.wiring.widths).widths.items():
+            if (own := one.wiring.widths[source]) != width:
+                value, way_out = f"{source} has {width}, the dictionary {own}", "Give the store it was trained on"
                 raise StoreError("another width of rows than the dictionary's", value, way_out)
     device = dictionaries[0].activation.bias_L.device
     measured: list[list[Measure]] = []
@@ -182,7 +183,7 @@ def measure_all(
         ):
             sampled = Order(kept_N, store.chunk_rows, 1, seed=0).sample(most, seed=0) if kept_N.any() else NOTHING
             measures = [Measure(one) for one in dictionaries]
-            batches = _batches(store, list(widths), sampled, device)
+            batches = _batches(store, names, sampled, device)
             for x in bar(what, "batches", -(-len(sampled) // BATCH), batches, quiet):
                 for each in measures:
                     each.add(x)
@@ -202,15 +203,15 @@ def require_held_out(store: View, rows: RowsConfig | None) -> np.ndarray:
     """The held-out rows that measures read, a mask. Raises StoreError where there is none."""
     kept_N = of_split(store, rows, "held_out")
     if not kept_N.any():
-        documents = f"{store.path} holds out {store.header.plan['documents_held_out']} documents"
+        held_out = {one.path: one.header.plan["documents_held_out"] for one in store.stores}
+        documents = ", ".join(f"{path} holds out {count} documents" for path, count in held_out.items())
         way_out = "Harvest more documents, or a larger share of them (rows.held_out)"
         raise StoreError("no held-out row to measure on", documents, way_out)
     return kept_N
 
 
-def _batches(
-    store: View, sources: Sequence[str], rows: np.ndarray, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    with Reader(store, sources) as reader:
+def _batches(store: View, names: Sequence[str], rows: np.ndarray, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    sources = Sources(store, names)
+    with Reader(store, sources.stored) as reader:
         for _, stored in reader.stream(rows, BATCH):
-            yield {n: layout.floats(x).to(device).float() * store.factor(n) for n, x in stored.items()}
+            yield sources.rows({name: layout.floats(x_BD).to(device) for name, x_BD in stored.items()})

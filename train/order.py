@@ -3,6 +3,7 @@
 Letters: N rows of the store, X blocks, W windows of an epoch, B rows of a batch.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,9 +12,9 @@ import numpy as np
 from shared.errors import StoreError
 
 MOST_COMPANIONS = 0.5
-SAMPLE_ITEMS = 2**22  # items of the working arrays of `sample`: 32 MiB each
+SAMPLE_ITEMS = 2**22  # items of the working arrays of `sample` and `drawn`: 32 MiB each
 MASK = 2**64 - 1
-BLOCKS, ROWS, SAMPLE = range(3)  # what a key is for
+BLOCKS, ROWS, SAMPLE, SHARE = range(4)  # what a key is for
 
 
 class Order:
@@ -146,6 +147,34 @@ def permutation(key: int, n: int) -> np.ndarray:
     mixed = splitmix64(key, index) & ~low | index
     mixed.sort()
     return (mixed & low).view(np.int64)
+
+
+def drawn(n: int, total: int, seed: int) -> np.ndarray:
+    """Which `n` of `total` are drawn evenly without replacement: a mask.
+
+    They have the smallest random numbers: no two are alike, as SplitMix64 is a bijection. So those of a smaller n are
+    among those of a larger one. The memory is that of the mask, and a few pieces of SAMPLE_ITEMS.
+    """
+    assert 0 <= n <= total
+    if n in (0, total):
+        return np.full(total, n > 0)
+    key = _key(seed, SHARE)
+
+    def numbers() -> Iterator[np.ndarray]:
+        for start in range(0, total, SAMPLE_ITEMS):
+            yield splitmix64(key, np.arange(start, min(start + SAMPLE_ITEMS, total)))
+
+    below = np.cumsum(sum(np.bincount(_high(part), minlength=2**16) for part in numbers()))
+    last = int(np.searchsorted(below, n))  # the high bits of the largest number that is drawn
+    candidates = np.concatenate([part[_high(part) == last] for part in numbers()])
+    rank = n - 1 - (int(below[last - 1]) if last else 0)
+    largest = np.partition(candidates, rank)[rank]
+    return np.concatenate([part <= largest for part in numbers()])
+
+
+def _high(numbers: np.ndarray) -> np.ndarray:
+    """The upper 16 bits."""
+    return (numbers >> np.uint64(48)).astype(np.int64)
 
 
 def splitmix64(key: int, index: np.ndarray) -> np.ndarray:

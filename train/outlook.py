@@ -13,6 +13,7 @@ from train import measure, plan, prepare, report
 from train.order import companions, own_document
 from train.plan import gb
 from train.prepare import Ready
+from train.sources import Sources
 from train.sweep import Asked
 
 
@@ -27,7 +28,7 @@ def outlook(store: View, asked: Sequence[Asked], memory: int | None, place: Path
     planned = plan.passes(runs, found, begun, memory)
     device = runs[0].device
     return {
-        "store": str(store.path), "rows": store.rows,
+        "store": store.place, "rows": store.rows,
         "orders": [_order(store, [runs[n] for n in one]) for one in _alike(runs)],
         "runs": [_run(one.name, run, cost) for one, run, cost in zip(asked, runs, found, strict=True)],
         "passes": [[asked[n].name for n in one] for one in planned], "parted_by": plan.parted(runs, begun, planned),
@@ -50,7 +51,7 @@ def _order(store: View, runs: Sequence[Ready]) -> dict[str, Any]:
     """What runs that share an order are served."""
     order, asked = runs[0].order, runs[0].config
     sources = list(dict.fromkeys(name for one in runs for name in one.sources))
-    row_bytes = store.dtype.itemsize * sum(store.source(name).width for name in sources)
+    row_bytes = store.dtype.itemsize * sum(store.source(part).width for part in Sources(store, sources).stored)
     return {
         "runs": len(runs), "sources": sources, "kept": order.kept, "dropped": runs[0].dropped,
         "held_out": int(measure.require_held_out(store, asked.rows).sum()), "batch": asked.batch,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -98,13 +98,14 @@ def first(do: Callable[[], T]) -> T:
     """What `do` gives on the first rank, which alone calls it; on every rank. Raises there what it raises."""
     if world() == 1:
         return do()
-    told: list[object] = [None, None]
+    told: list[T | Exception | None] = [None, None]
     if rank() == 0:
         try:
             told[0] = do()
-        except Exception as error:  # noqa: BLE001  (the others would wait for it for ever)
-            told[1] = error
+        except Exception as error:
+            dist.broadcast_object_list([None, error], src=0)  # else the others would wait for ever
+            raise
     dist.broadcast_object_list(told, src=0)
     if isinstance(told[1], Exception):
         raise told[1]
-    return told[0]  # type: ignore[return-value]
+    return cast(T, told[0])

@@ -16,6 +16,7 @@ from train.config import TrainConfig
 from train.filter import Kept, kept_rows, require_rows
 from train.order import Order, default_window_blocks
 from train.scale import Scale
+from train.sources import Sources
 from train.trainer import Trainer
 from train.wiring import Wiring
 
@@ -81,7 +82,7 @@ def _order(
 
 def _wiring(store: View, asked: TrainConfig) -> Wiring:
     sources = asked.wiring.sources or list(store.header.sources)
-    widths = {name: store.source(name).width for name in sources}
+    widths = Sources(store, sources).widths
     if len(widths) < len(sources):
         raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
     return wiring.build(asked.wiring.kind, widths, asked.wiring.latents, asked.wiring.exclusive)

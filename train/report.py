@@ -60,7 +60,8 @@ def _page(
 
 def _origin(origin: Mapping[str, Any]) -> str:
     rows = [[name, one["model"], one["site"], str(one["width"])] for name, one in origin["sources"].items()]
-    store = f"Store {Path(origin['path']).name}, {origin['rows']:,} rows, id {origin['id'][:16]}"
+    names = ", ".join(Path(path).name for path in origin["paths"])
+    store = f"Store {names}, {origin['rows']:,} rows, id {origin['id'][:16]}"
     return _table([["source", "model", "site", "width"], *rows]) + f'<p class="note">{html.escape(store)}</p>'
 
 

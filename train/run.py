@@ -18,11 +18,12 @@ from torch import Tensor
 from shared import config as configs
 from shared import files
 from shared.errors import CheckpointError, ConfigError, DivergenceError, StoreError, TrainingError
-from shared.family import open_family
 from shared.log import Log
+from shared.mixture import open_mixture
 from shared.view import View
 from train import checkpoint, parallel, report
 from train.config import TrainConfig
+from train.sources import Sources
 from train.trainer import Trainer
 
 CHECKPOINTS = "checkpoints"
@@ -102,10 +103,12 @@ def config_of(folder: Path) -> TrainConfig:
 def store_of(folder: Path, store: View | None = None) -> View:
     """The store that a run began on, where it was or as it is given. Raises StoreError where it is another one."""
     began = files.read_json(folder / report.STORE)
-    opened = store or open_family(began["path"])
+    opened = store or open_mixture(began["paths"])
     if (opened.header.id, opened.seals) != (began["id"], began.get("seals")):
         way_out = f"Give the store whose id begins with {began['id'][:12]}, as it was"
-        raise StoreError("this is not the store that the run began on", opened.path, way_out)
+        if len(began["paths"]) > 1:
+            way_out = f"Give these as they were, in this order: {', '.join(began['paths'])}"
+        raise StoreError("this is not the store that the run began on", opened.place, way_out)
     return opened
 
 
@@ -143,14 +146,10 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def origin(store: View, sources: list[str]) -> dict[str, Any]:
-    """What a run is trained on: the store's id, place and seals, and per source its model and site."""
-    found = [store.source(name) for name in sources]
-    places = {
-        one.name: {"model": store.header.models[one.model].path, "site": one.site, "width": one.width} for one in found
-    }
-    path = str(store.path.absolute())
+    """What a run is trained on: the store's id, places and seals, and per source its model and site."""
+    paths = [str(one.path.absolute()) for one in store.stores]
     ids = {"id": store.header.id, "members": store.members, "seals": store.seals}
-    return {**ids, "path": path, "rows": store.rows, "sources": places}
+    return {**ids, "paths": paths, "rows": store.rows, "sources": Sources(store, sources).described()}
 
 
 class Training:
@@ -196,7 +195,7 @@ class Training:
             return
         if self.store.seals != self._identity["seals"]:
             way_out = "Its last checkpoint is of the store as it was: harvest verify tells what the store is now"
-            raise TrainingError("the store has changed under this run", self.store.path, way_out)
+            raise TrainingError("the store has changed under this run", self.store.place, way_out)
         if parallel.rank() == 0:
             checkpoint.save(self.trainer, self.folder / CHECKPOINTS, self._identity, self.config.log.keep)
         self._kept = self.trainer.step

@@ -4,7 +4,7 @@ Letters: N rows, B rows of a batch, D width of a source.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from shared.moments import Moments
 from shared.view import View
 from train.order import Order
 from train.reader import Reader, require_finite
+from train.sources import Sources, parts
 
 Kind = Literal["none", "rms", "median_norm"]
 MEDIAN_ROWS = 2**17  # rows behind a median: all where a run keeps no more, else a keyed sample (0.3 % standard error)
@@ -46,33 +47,34 @@ class Scale(nn.Module):
         return x_BD / self.factor(source) + self.mean(source)
 
 
-def fit(store: View, sources: Sequence[str], order: Order, kind: Kind, centre: bool) -> Scale:
+def fit(store: View, names: Sequence[str], order: Order, kind: Kind, centre: bool) -> Scale:
     """The scale of the rows that `order` serves.
 
-    mean    the mean of a source's rows, exact, where `centre`; else 0
+    mean    the mean of a source's rows, exact, where `centre`; else 0. Of a difference: the difference of the means
     factor  none:         1
             rms:          brings the mean square of a component (behind the centring, where asked) to 1
             median_norm:  brings the median norm of a centred row to the square root of the sources' mean width (the
                           rule of the DFC paper, arXiv 2602.11729 section 3, there without centring)
     Raises StoreError for a source whose rows are all alike.
     """
-    widths = {name: store.source(name).width for name in sources}
-    scale = Scale(widths)
-    target = math.sqrt(sum(widths.values()) / len(widths))
-    with Reader(store, sources) as reader:
-        for name in sources:
-            moments = kept_moments(store, reader, name, order.kept_N)
-            if not moments.variance() > 0:
-                raise StoreError("all rows of this source are alike", name, "Leave it out, or harvest another site")
-            mean_D = moments.mean_D if centre else np.zeros(widths[name])
-            scale.mean(name).copy_(torch.from_numpy(mean_D))
-            if kind == "none":
-                continue
-            spread = math.sqrt(moments.variance() / widths[name]) if centre else _rms(moments)
-            size = spread if kind == "rms" else _median_norm(store, reader, name, order, mean_D) / target
-            if not size > 0:
-                raise StoreError("most rows of this source are alike", name, "Leave it out, or set scale.kind to rms")
-            scale.factor(name).fill_(1 / size)
+    sources = Sources(store, names)
+    scale = Scale(sources.widths)
+    target = math.sqrt(sum(sources.widths.values()) / len(sources.widths))
+    stored = {part: kept_moments(store, part, order.kept_N) for part in sources.stored}
+    means = {part: moments.mean_D for part, moments in stored.items()}
+    for name, width in sources.widths.items():
+        moments = stored[name] if name in stored else _difference_moments(store, name, order, kind)
+        if not moments.variance() > 0:
+            raise StoreError("all rows of this source are alike", name, "Leave it out, or harvest another site")
+        mean_D = sources.mean(name, means) if centre else np.zeros(width)
+        scale.mean(name).copy_(torch.from_numpy(mean_D))
+        if kind == "none":
+            continue
+        spread = math.sqrt(moments.variance() / width) if centre else _rms(moments)
+        size = spread if kind == "rms" else _median_norm(store, name, order, mean_D) / target
+        if not size > 0:
+            raise StoreError("most rows of this source are alike", name, "Leave it out, or set scale.kind to rms")
+        scale.factor(name).fill_(1 / size)
     return scale
 
 
@@ -80,18 +82,32 @@ def _rms(moments: Moments) -> float:
     return math.sqrt(moments.variance() / len(moments.mean_D) + float(np.square(moments.mean_D).mean()))
 
 
-def kept_moments(store: View, reader: Reader, source: str, kept_N: np.ndarray) -> Moments:
-    """The moments of the kept rows of a source, exact, in the model's own units.
+def _difference_moments(store: View, name: str, order: Order, kind: Kind) -> Moments:
+    """Of a difference no moments are stored: where its spread counts all kept rows are read, else a sample of them."""
+    rows = np.flatnonzero(order.kept_N) if kind == "rms" else order.sample(MEDIAN_ROWS, seed=0)
+    return _read_moments(store, name, rows)
+
+
+def kept_moments(store: View, source: str, kept_N: np.ndarray) -> Moments:
+    """The moments of the kept rows of a stored source, exact, in the model's own units.
 
     They are those of the store's class of ordinary training rows, less the few that this run drops for another source's
-    sake. Where the two differ by more than a tenth, all kept rows are read instead.
+    sake. Where the two differ by more than a tenth, in a store of a mixture, all its kept rows are read instead.
     """
+    total, stores = Moments.empty(store.source(source).width), store.stores
+    parts = np.split(kept_N, np.cumsum([one.rows for one in stores])[:-1])
+    for one, part_N in zip(stores, parts, strict=True):
+        total = total.merge(_kept_of_store(one, source, part_N))
+    return total
+
+
+def _kept_of_store(store: View, source: str, kept_N: np.ndarray) -> Moments:
     total = store.moments(source, ["ordinary/train"])
     ordinary_N = ordinary_rows(store, source)
     extra = np.flatnonzero(ordinary_N & ~kept_N)
     if (kept_N & ~ordinary_N).any() or len(extra) > 0.1 * total.count:
-        return _read_moments(store, reader, source, np.flatnonzero(kept_N))
-    return total.without(_read_moments(store, reader, source, extra))
+        return _read_moments(store, source, np.flatnonzero(kept_N))
+    return total.without(_read_moments(store, source, extra))
 
 
 def ordinary_rows(store: View, source: str) -> np.ndarray:
@@ -102,24 +118,27 @@ def ordinary_rows(store: View, source: str) -> np.ndarray:
     return ~bad_N & train_n[store.column("rows/document")]
 
 
-def _read_moments(store: View, reader: Reader, source: str, rows: np.ndarray) -> Moments:
-    total = Moments.empty(store.source(source).width)
-    for x_ND in _read(store, reader, source, rows):
+def _read_moments(store: View, name: str, rows: np.ndarray) -> Moments:
+    total = Moments.empty(Sources(store, [name]).widths[name])
+    for x_ND in _read(store, name, rows):
         total = total.merge(Moments.of(x_ND))
     return total
 
 
-def _median_norm(store: View, reader: Reader, source: str, order: Order, mean_D: np.ndarray) -> float:
+def _median_norm(store: View, name: str, order: Order, mean_D: np.ndarray) -> float:
     mean = torch.from_numpy(mean_D)
     rows = order.sample(MEDIAN_ROWS, seed=0)
-    norms = [torch.linalg.vector_norm(x_ND - mean, dim=1) for x_ND in _read(store, reader, source, rows)]
+    norms = [torch.linalg.vector_norm(x_ND - mean, dim=1) for x_ND in _read(store, name, rows)]
     median = float(np.median(torch.cat(norms).numpy()))
     if not math.isfinite(median):
-        require_finite(store, source, rows)
+        for part in parts(name):
+            require_finite(store, part, rows)
     return median
 
 
-def _read(store: View, reader: Reader, source: str, rows: np.ndarray) -> Iterable[Tensor]:
-    """These rows of one source in the model's own units, float64, a piece at a time."""
-    factor = store.factor(source)
-    return (layout.floats(x[source]).double() * factor for _, x in reader.stream(rows, CHUNK))
+def _read(store: View, name: str, rows: np.ndarray) -> Iterator[Tensor]:
+    """These rows of a source as a run is given them, float64, a piece at a time."""
+    sources = Sources(store, [name])
+    with Reader(store, sources.stored) as reader:
+        for _, stored in reader.stream(rows, CHUNK):
+            yield sources.rows({part: layout.floats(x_ND) for part, x_ND in stored.items()})[name].double()

@@ -44,15 +44,19 @@ def shares(runs: Sequence[Ready], count: int) -> list[list[int]]:
     return [sorted(part) for part in parts if part]
 
 
-def run(parts: Sequence[Sequence[Path]], environments: Sequence[Mapping[str, str]], logs: Sequence[Path]) -> None:
+def run(
+    parts: Sequence[Sequence[Path]], stores: Sequence[Path], environments: Sequence[Mapping[str, str]],
+    logs: Sequence[Path],
+) -> None:  # fmt: skip
     """Go on with the runs in these folders, a process for each part. Their output goes to the log files.
 
     Returns when all have ended; a stop is handed on to them.
     """
     with ExitStack() as stack:
         processes = []
+        read = [word for store in stores for word in ("--store", str(store))]
         for folders, environment, log in zip(parts, environments, logs, strict=True):
-            command = [sys.executable, "-c", COMMAND, "resume", *map(str, folders)]
+            command = [sys.executable, "-c", COMMAND, "resume", *map(str, folders), *read]
             file = stack.enter_context(log.open("a"))
             processes.append(subprocess.Popen(command, env={**os.environ, **environment}, stdout=file, stderr=file))
         try:

@@ -21,6 +21,7 @@ from train.order import companions
 from train.prepare import Ready
 from train.reader import require_finite
 from train.scale import Scale
+from train.sources import Sources
 
 
 class Member:
@@ -80,7 +81,7 @@ class Member:
         """Raises StoreDamagedError where a row that was served since the figures were finite is not."""
         batch, step = self.config.batch, self.training.trainer.step
         rows = self.ready.order.rows(max(0, step - self.config.log.every) * batch, step * batch)
-        for name in self.ready.sources:
+        for name in Sources(self.training.store, self.ready.sources).stored:
             require_finite(self.training.store, name, np.unique(rows))
 
     @contextmanager

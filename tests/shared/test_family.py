@@ -12,8 +12,9 @@ import torch
 from harvest import overview
 from shared import files
 from shared.errors import StoreError
-from shared.family import Longer, Wider, open_family
+from shared.family import Wider, open_family
 from shared.header import Extends
+from shared.joined import Joined
 from shared.moments import CLASSES
 from shared.store import Store
 from tests.build import make_store
@@ -60,7 +61,7 @@ def stored(store: Store, name: str) -> np.ndarray:
 
 def test_more_rows_stand_behind_the_others(first: Store, more: Store) -> None:
     whole = open_family(more.path)
-    assert isinstance(whole, Longer) and whole.rows == 171 and whole.members == [first.header.id, more.header.id]
+    assert isinstance(whole, Joined) and whole.rows == 171 and whole.members == [first.header.id, more.header.id]
     for name in ("a", "b"):
         assert np.array_equal(
             whole.stored(name, np.arange(171)), np.concatenate([stored(first, name), stored(more, name)])
@@ -73,7 +74,7 @@ def test_more_rows_stand_behind_the_others(first: Store, more: Store) -> None:
     row_n = whole.column("documents/row")
     assert np.array_equal(np.repeat(np.arange(len(row_n) - 1), np.diff(row_n)), documents)
     assert [row for shard in range(whole.shards) for row in whole.rows_of(shard)] == list(range(171))
-    with pytest.raises(StoreError, match=r"this table is not joined over siblings: tokens/model_a/id. Open one store"):
+    with pytest.raises(StoreError, match=r"this table is not joined over several stores: tokens/model_a/id. Open one"):
         whole.column("tokens/model_a/id")
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from shared import files, remote
 from shared.errors import ConfigError, RemoteError, SpaceError, StoreDamagedError, StoreError, StoreUnfinishedError
-from shared.remote import Remote, place, stage
+from shared.remote import Remote, name_of, place, stage
 from shared.store import Store
 from tests.build import make_store
 from tests.s3 import Bucket
@@ -75,6 +75,15 @@ def serving(handler: Callable[..., Quiet]) -> Iterator[str]:
 
 
 # --- a copy ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_called_what_its_url_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert name_of(place("s3://bucket/caches/pair.zarr/", tmp_path)) == "pair"
+    assert name_of(Path("here/pair.zarr")) == "pair" and name_of(Path("pair.v2")) == "pair.v2"
+    assert name_of(Path("pair-0123456789ab.zarr")) == "pair-0123456789ab"
+    (tmp_path / "some.zarr").mkdir()
+    monkeypatch.chdir(tmp_path / "some.zarr")
+    assert name_of(Path()) == "some"
 
 
 def test_a_copy_has_the_bytes_of_the_store_and_can_be_opened(full: Bucket, store: Store, tmp_path: Path) -> None:

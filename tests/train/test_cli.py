@@ -1,6 +1,7 @@
 """`train` on the command line: results on stdout, a user's mistake as one line on stderr, and its exit code."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -238,6 +239,42 @@ def test_show_says_what_a_dictionary_is(say: Say, run: Path) -> None:
     assert "source      b: width 4, rows are scaled by " in said.out
 
 
+def test_a_difference_is_a_source_of_run_measure_and_show(say: Say, tmp_path: Path) -> None:
+    widths = {"base": 6, "chat": 6}
+    store = make_store(tmp_path / "twins.zarr", rows=200, shard_rows=256, chunk_rows=16, sources=widths, documents=20)
+    arguments = ("--method", "topk", "--wiring", "dedicated", *SMALL, "--out", tmp_path / "r")
+    said = say("run", store.path, "--sources", "base, chat - base", *arguments)
+    assert said.code == 0 and "\nchat - base  " in said.out
+    figures = json.loads((tmp_path / "r" / "measure.json").read_text())
+    assert list(figures["sources"]) == ["base", "chat - base"]
+    assert json.loads(say("measure", tmp_path / "r", "--store", store.path, "--json").out) == figures
+    shown = say("show", tmp_path / "r").out
+    assert "source      chat - base: width 6, rows are scaled by " in shown
+    assert "span        shared: 28 latents, base + (chat - base) -> base + (chat - base)\n" in shown
+    assert "span        only_chat - base: 2 latents, (chat - base) -> (chat - base)\n" in shown
+
+
+def test_several_stores_are_trained_on_and_measured_as_one(
+    store: Store, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = make_store(tmp_path / "more.zarr", rows=150, shard_rows=256, chunk_rows=16, documents=20, corpus="more/")
+    weights = ("--set", "rows.weights.pair=0.3", "--set", "rows.weights={pair = 0.25, more = 0.75}")
+    arguments = ("--method", "topk", *SMALL, "--out", tmp_path / "r", *weights)
+    monkeypatch.chdir(tmp_path)
+    said = say("run", store.path, "more.zarr", *arguments)
+    assert said.code == 0 and f"store       {store.path}\nstore       more.zarr\n" in said.out
+    assert re.search(r", weights \d+\)", said.err)
+    figures = json.loads((tmp_path / "r" / "measure.json").read_text())
+    monkeypatch.chdir(store.path.parent)
+    both = ("--store", store.path, "--store", more.path)
+    assert json.loads(say("measure", tmp_path / "r", "--json").out) == figures
+    assert json.loads(say("measure", tmp_path / "r", *both, "--json").out) == figures
+    alone = json.loads(say("measure", tmp_path / "r", "--store", more.path, "--json").out)
+    assert alone == measure(Dictionary.load(tmp_path / "r"), more, quiet=True)
+    resumed = json.loads(say("resume", tmp_path / "r", *both, "--json").out)
+    assert resumed == {"folder": str(tmp_path / "r"), **figures}
+
+
 @pytest.mark.parametrize("command", ["run", "measure", "methods", "show"])
 def test_every_command_has_help_with_an_example(say: Say, command: str) -> None:
     said = say(command, "--help")
@@ -270,6 +307,9 @@ BASE = ["--method", "topk", *SMALL]
         ([*BASE, "--wiring", "transcoder", "--sources", "a"], 2, ["transcoder needs 2 source(s): a"]),
         ([*BASE, "--wiring", "sae"], 2, ["wrong value for wiring.kind: 'sae'"]),
         ([*BASE, "--sources", "a,c"], 1, ["this store has no source: c. It has: a, b"]),
+        ([*BASE, "--sources", "a,c - a"], 1, ["this store has no source: c. It has: a, b"]),
+        ([*BASE, "--sources", "a,b - b"], 2, ["a source less itself is 0: 'b - b'. Name two sources"]),
+        ([*BASE, "--sources", "a, a - b"], 1, ["a difference is of sources of one width: a has 6, b has 4"]),
         ([*BASE, "--method", "top-k"], 2, ["unknown method: top-k. Did you mean topk"]),
         ([*BASE, "--device", "gpu"], 2, ["this device cannot be used: gpu"]),
         ([*BASE, "--config", "nowhere.toml"], 2, ["cannot read the config file: nowhere.toml"]),
@@ -299,6 +339,21 @@ def test_what_is_no_store_or_not_a_finished_one_is_refused_and_left_alone(
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nowhere", tmp_path / "empty", Path(__file__)):
         assert_one_line(say("run", path, *BASE, "--out", tmp_path / "r"), 1, f"no Granary store here: {path}")
+    assert not (tmp_path / "r").exists()
+
+
+def test_stores_that_make_no_mixture_are_refused_in_one_line(store: Store, say: Say, tmp_path: Path) -> None:
+    narrow = make_store(tmp_path / "narrow.zarr", chunk_rows=16, sources={"a": 6, "b": 3}, corpus="x/")
+    said = say("run", store.path, narrow.path, *BASE, "--out", tmp_path / "r")
+    assert_one_line(said, 1, f"must have the same width of b: {store.path} has 4, {narrow.path} has 3. Harvest")
+    said = say("run", store.path, store.path, *BASE, "--out", tmp_path / "r")
+    assert_one_line(
+        said, 1, f"a store stands twice in a mixture: {store.path} and {store.path} both read the one whose id"
+    )
+    more = make_store(tmp_path / "more.zarr", rows=150, chunk_rows=16, corpus="more/")
+    weights = ("--set", "rows.weights={pair = 1, mor = 2}")
+    said = say("run", store.path, more.path, *BASE, *weights, "--out", tmp_path / "r")
+    assert_one_line(said, 2, "rows.weights names a store that is not there: mor. Did you mean more?")
     assert not (tmp_path / "r").exists()
 
 

@@ -232,8 +232,12 @@ def test_saving_again_replaces_the_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["dictionary"]
 
 
-@pytest.mark.parametrize("names", [("half", "float"), ("values", "keys"), ("train", "base-13"), ("type", "_")])
-def test_a_source_may_have_any_name_that_a_store_allows(names: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names", [("half", "float"), ("values", "keys"), ("train", "base-13"), ("type", "_"), ("b - a", "a")]
+)
+def test_a_source_may_have_any_name_that_a_store_allows_or_a_difference_has(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
     wires = build("dedicated", dict(zip(names, (5, 4), strict=True)), 8, 2)
     made = create(wires, cases.method("topk"), Scale(wires.widths), "sum", 1)[0].initialise(0, 1.0).eval()
     x = {name: torch.randn(3, width) for name, width in wires.widths.items()}
@@ -323,6 +327,21 @@ def test_rows_that_do_not_fit_are_refused_by_name(change: dict[str, Tensor | Non
             use(x)
     with pytest.raises(RowsError, match=r"codes that do not fit the dictionary: \(3, 5\), not \(B, 48\)"):
         made.decode(torch.zeros(3, 5))
+
+
+@every_method
+def test_a_difference_is_made_of_its_two_sources_where_it_is_not_given(name: str) -> None:
+    wires = build("crosscoder", {"base": 6, "chat - base": 6}, 20)
+    made = create(wires, cases.method(name), Scale(wires.widths), "sum", 1)[0].initialise(0, 0.5).eval()
+    x = {source: torch.randn(5, 6) for source in ("base", "chat")}
+    given = {"base": x["base"], "chat - base": x["chat"] - x["base"]}
+    assert torch.equal(made.encode(x), made.encode(given)) and set(made.decode(made.encode(x))) == set(given)
+    assert torch.equal(made(x).target["chat - base"], made(given).target["chat - base"])
+    assert torch.equal(made.encode({**x, **given}), made.encode(given))
+    with pytest.raises(RowsError, match=r"no rows of a source that the dictionary takes: chat\. Give"):
+        made.encode({"base": x["base"]})
+    with pytest.raises(RowsError, match=r"chat has the shape \(5, 4\), not \(B, 6\)"):
+        made.encode({**x, "chat": x["chat"][:, :4]})
 
 
 def test_rows_may_be_arrays() -> None:

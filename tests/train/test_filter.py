@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from shared.errors import ConfigError, StoreError
 from shared.flags import BOS, CLIPPED, FIRST, HELD_OUT, MASKED, SINK, SPECIAL, TRAIN
+from shared.mixture import open_mixture
 from shared.store import Store
+from shared.view import View
 from tests.build import make_store
 from train import filter as filters
 from train.filter import Kept, RowsConfig, kept_rows, require_rows
+from train.weights import shares
 
 ROWS = 101  # 4 shards of 32 rows, the last of 5, and chunks of 8
 
@@ -40,7 +43,7 @@ def flagged(tmp_path_factory: pytest.TempPathFactory) -> Store:
 SEED = next(s for s in range(100) if np.random.default_rng(s).integers(0, 7, 1)[0] == 3)  # cuts the documents at row 3
 
 
-def kept(store: Store, sources: list[str] | None = None, **asked: Any) -> Kept:
+def kept(store: View, sources: list[str] | None = None, **asked: Any) -> Kept:
     return kept_rows(store, RowsConfig(sources=sources, **asked))
 
 
@@ -142,6 +145,83 @@ def test_positions_are_written_as_a_slice(positions: str) -> None:
         RowsConfig(positions=positions)
 
 
+# --- mixtures --------------------------------------------------------------------------------------------------------
+
+SIZES = {"pair": 101, "more": 60, "rest": 37}
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
+    """Three stores of some documents of one name; rows of one are eight times as long as those of another."""
+    folder, rng = tmp_path_factory.mktemp("mixture"), np.random.default_rng(0)
+    split = np.array([TRAIN, HELD_OUT] * 5)
+    made = []
+    for n, (name, rows) in enumerate(SIZES.items()):
+        values = {s: rng.lognormal(3 * n, 1, (rows, 1)) * rng.normal(size=(rows, w)) for s, w in (("a", 6), ("b", 4))}
+        made.append(make_store(folder / f"{name}.zarr", rows=rows, values=values, split=split, seed=n))
+    return made
+
+
+@given(filters_of)
+@settings(deadline=None)
+def test_every_store_of_a_mixture_keeps_what_it_keeps_alone(stores: list[Store], asked: RowsConfig) -> None:
+    mixed, alone = kept_rows(open_mixture(stores), asked), [kept_rows(store, asked) for store in stores]
+    assert np.array_equal(mixed.kept_N, np.concatenate([one.kept_N for one in alone]))
+    assert mixed.dropped == {rule: sum(one.dropped[rule] for one in alone) for rule in alone[0].dropped}
+
+
+def test_a_document_or_pattern_of_any_store_of_a_mixture_will_do(stores: list[Store], tmp_path: Path) -> None:
+    web = make_store(tmp_path / "web.zarr", rows=50, corpus="web/")
+    mixed = open_mixture([stores[0], web])
+    some = kept(mixed, split="all", documents=["web/*"])
+    assert not some.kept_N[:101].any() and some.kept_N[101:].sum() == kept(web, split="all").kept_N.sum() > 0
+    with pytest.raises(ConfigError, match="no document of this name: none/"):
+        kept(mixed, documents=["web/*", "none/*"])
+
+
+weights_of = st.fixed_dictionaries({name: st.integers(1, 50).map(lambda n: n / 10) for name in SIZES})
+
+
+@given(filters_of, weights_of)
+@settings(deadline=None)
+def test_weights_are_the_shares_of_the_kept_rows_to_a_row(
+    stores: list[Store], asked: RowsConfig, weights: dict[str, float]
+) -> None:
+    mixed = open_mixture(stores)
+    whole, found = kept_rows(mixed, asked), kept_rows(mixed, asked.model_copy(update={"weights": weights}))
+    parts = [np.split(one.kept_N, np.cumsum(list(SIZES.values()))[:-1]) for one in (whole, found)]
+    before, left = ([int(part.sum()) for part in one] for one in parts)
+    assert left == shares(before, [weights[name] for name in SIZES])
+    assert not (found.kept_N & ~whole.kept_N).any()
+    assert found.dropped == {**whole.dropped, "weights": sum(before) - sum(left)}
+    assert found.kept_N.sum() + sum(found.dropped.values()) == len(found.kept_N)
+
+
+def test_the_rows_that_stay_do_not_depend_on_the_seed_of_the_order(stores: list[Store]) -> None:
+    mixed, weights = open_mixture(stores), {"pair": 1.0, "more": 1.0, "rest": 1.0}
+    found = [kept(mixed, weights=weights, seed=seed).kept_N for seed in (0, 7)]
+    assert np.array_equal(*found) and 0 < found[0].sum() < kept(mixed).kept_N.sum()
+
+
+def test_a_store_of_which_nothing_is_kept_leaves_nothing_of_a_weighed_mixture(
+    stores: list[Store], tmp_path: Path
+) -> None:
+    web = make_store(tmp_path / "web.zarr", rows=50, corpus="web/")
+    found = kept(open_mixture([stores[0], web]), documents=["web/*"], weights={"pair": 1.0, "web": 1.0})
+    assert not found.kept_N.any() and found.dropped["weights"] == kept(web).kept_N.sum() > 0
+    message = r"no row is left to serve: dropped: .*: every store of rows\.weights must have rows that pass the other"
+    with pytest.raises(ConfigError, match=message):
+        require_rows(found)
+
+
+def test_weights_are_above_0_and_of_a_mixture(stores: list[Store]) -> None:
+    for weight in (0.0, -0.5):
+        with pytest.raises(ValueError, match="Give every store a weight above 0"):
+            RowsConfig(weights={"pair": 0.5, "more": weight})
+    with pytest.raises(ConfigError, match=r"rows\.weights are of several stores, and this is one"):
+        kept(stores[0], weights={"pair": 1.0})
+
+
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +232,7 @@ def cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv("GRANARY_CACHE", str(tmp_path / "cache"))
     computed, genuine = [], filters._filtered
 
-    def filtered(store: Store, asked: RowsConfig, names: list[str]) -> Kept:
+    def filtered(store: View, asked: RowsConfig, names: list[str]) -> Kept:
         computed.append(asked.split)
         return genuine(store, asked, names)
 
@@ -178,6 +258,22 @@ def test_a_store_of_the_same_id_and_other_values_has_its_own_bitmap(cached: list
     one, two = (make_store(tmp_path / f"{n}.zarr", faults={"a": np.full(100, n * SINK, "u1")}) for n in range(2))
     assert one.header.id == two.header.id
     assert not same(kept(one), kept(two)) and len(cached) == 2
+
+
+def test_a_bitmap_is_of_the_weights_of_its_stores_and_not_of_their_names(
+    stores: list[Store], cached: list[str], tmp_path: Path
+) -> None:
+    weights = {"pair": 0.25, "more": 0.75}
+    first = kept(open_mixture(stores[:2]), weights=weights)
+    assert same(first, kept(open_mixture(stores[:2]), weights=weights)) and first.dropped["weights"] > 0
+    before = len(cached)
+    assert not same(first, kept(open_mixture(stores[:2]))) and len(cached) == before + 1
+    for name, store in (("more", stores[0]), ("pair", stores[1])):
+        (tmp_path / f"{name}.zarr").symlink_to(store.path)
+    swapped = open_mixture([tmp_path / "more.zarr", tmp_path / "pair.zarr"])
+    assert swapped.seals == open_mixture(stores[:2]).seals
+    assert not same(first, kept(swapped, weights=weights))
+    assert same(first, kept(swapped, weights={"more": 0.25, "pair": 0.75})) and len(cached) == before + 2
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])

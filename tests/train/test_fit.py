@@ -17,16 +17,19 @@ from shared import config as configs
 from shared import layout
 from shared.codec import CODECS, Packing
 from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, TrainingError, WiringError, one_line
+from shared.mixture import open_mixture
 from shared.store import Store
 from tests import cases
 from tests.build import make_store
-from train import checkpoint, prepare, report
+from train import checkpoint, difference, prepare, report
 from train import measure as measures
 from train.config import TrainConfig
 from train.dictionary import Dictionary
+from train.filter import kept_rows
 from train.fit import Run, fit, resume
 from train.measure import measure
 from train.trainer import Trainer
+from train.weights import shares
 
 ASKED: dict[str, Any] = {
     "wiring": {"kind": "dedicated", "latents": 32, "exclusive": 4}, "method": {"name": "batch_topk", "k": 3},
@@ -100,8 +103,8 @@ def test_the_config_in_the_folder_is_the_whole_one_and_repeats_the_run(run: Run,
 
 def test_the_store_is_named_by_id_and_by_a_path_that_holds_from_any_folder(run: Run, store: Store) -> None:
     named = json.loads((run.folder / "store.json").read_text())
-    assert named["id"] == store.header.id and Path(named["path"]).is_absolute()
-    assert Path(named["path"]).samefile(store.path)
+    [path] = map(Path, named["paths"])
+    assert named["id"] == store.header.id and path.is_absolute() and path.samefile(store.path)
 
 
 def test_a_store_given_by_a_relative_path_is_named_absolutely(
@@ -109,7 +112,7 @@ def test_a_store_given_by_a_relative_path_is_named_absolutely(
 ) -> None:
     monkeypatch.chdir(store.path.parent)
     fit(Store.open(store.path.name), {**ASKED, "steps": 1}, tmp_path / "run", quiet=True)
-    assert Path(json.loads((tmp_path / "run" / "store.json").read_text())["path"]).is_absolute()
+    assert Path(json.loads((tmp_path / "run" / "store.json").read_text())["paths"][0]).is_absolute()
 
 
 def test_metrics_are_lines_of_json_at_the_asked_steps_and_the_last(run: Run) -> None:
@@ -252,6 +255,11 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(
     [
         ({"wiring": {"latents": 16, "sources": ["a", "z"]}}, StoreError, r"this store has no source: z\. It has: a, b"),
         ({"wiring": {"latents": 16, "sources": ["a", "a"]}}, ConfigError, "a source is named twice: a, a"),
+        ({"wiring": {"latents": 16, "sources": ["a", "a - a"]}}, ConfigError, "a source less itself is 0: 'a - a'"),
+        ({"wiring": {"latents": 16, "sources": ["a", "a - b"]}}, StoreError, "of one width: a has 6, b has 4"),
+        ({"rows": {"weights": {"pair": 1.0}}}, ConfigError, r"rows\.weights are of several stores, and this is one"),
+        ({"rows": {"weights": {"pair": 0}}}, ConfigError, r"wrong value for rows\.weights: .*Give every store"),
+        ({"rows": {"sources": ["a - b"]}}, StoreError, r"this store has no source: a - b\. It has: a, b"),
         ({"wiring": {"latents": 16, "kind": "autoencoder"}}, WiringError, r"autoencoder needs 1 source\(s\): a, b"),
         ({"wiring": {"latents": 2, "kind": "crosscoder"}}, WiringError, "k is larger than the latents: 3 > 2"),
         ({"wiring": {"latents": 16, "kind": "dedicated", "exclusive": {"a": 1}}}, WiringError, "names every source"),
@@ -297,6 +305,130 @@ def test_the_report_is_made_again_from_the_folder_alone(run: Run) -> None:
     (run.folder / "report.html").unlink()
     report.write(run.folder)
     assert (run.folder / "report.html").read_bytes() == page
+
+
+# --- differences -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("tuned") / "pair.zarr"
+    widths, factor = {"base": 6, "chat": 6, "small": 4}, {"base": 2.0, "chat": 0.5}
+    return make_store(path, rows=300, shard_rows=256, chunk_rows=16, sources=widths, factor=factor, documents=20)
+
+
+DIFFERENCES = {
+    "autoencoder": [difference("chat", "base")], "transcoder": ["base", "chat - base"],
+    "crosscoder": ["base", "chat - base"], "dedicated": ["small", "chat - base", "chat"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DIFFERENCES)
+def test_a_run_on_a_difference_is_saved_loaded_measured_and_gone_on_with(
+    tuned: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    names = DIFFERENCES[kind]
+    asked = {**ASKED, "wiring": {"kind": kind, "latents": 32, "sources": names}}
+    whole = fit(tuned, asked, tmp_path / "whole", quiet=True)
+    loaded, x = Dictionary.load(whole.folder), tuned.read(0, 20)
+    assert list(loaded.wiring.widths) == names and "chat - base" in loaded.config()["sources"]
+    assert torch.equal(loaded.encode(x), loaded.encode({**x, "chat - base": x["chat"] - x["base"]}))
+    assert measure(loaded, tuned, quiet=True) == whole.figures
+    told = json.loads((whole.folder / "store.json").read_text())["sources"]
+    assert list(told) == names and told["chat - base"]["model"] == "/models/model_chat - /models/model_base"
+    assert "<td>resid.1 - resid.1</td>" in (whole.folder / "report.html").read_text()
+    with monkeypatch.context() as patch, pytest.raises(Stopped), one_line():
+        stop_at(7, patch)
+        fit(tuned, asked, tmp_path / "run", quiet=True)
+    assert weights(resume(tmp_path / "run", quiet=True).folder) == weights(whole.folder)
+
+
+def test_a_run_on_a_difference_equals_updates_on_the_rows_of_fp64(tuned: Store, tmp_path: Path) -> None:
+    x = {name: x_ND.double() for name, x_ND in tuned.read(0, tuned.rows).items()}
+    kept = kept_rows(tuned).kept_N
+    mean_D = (x["chat"] - x["base"])[torch.from_numpy(kept)].mean(0).float()
+    asked = {**ASKED, "wiring": {"kind": "autoencoder", "latents": 32, "sources": ["chat - base"]}, "steps": 3}
+    run = fit(tuned, asked, tmp_path / "run", quiet=True)
+    torch.testing.assert_close(run.dictionary.scale.mean("chat - base"), mean_D, rtol=0, atol=2e-3)  # stored: fp16
+    [ready] = prepare.ready(tuned, [configs.parse(TrainConfig, asked)])
+    order, trainer = ready.order, prepare.fresh(tuned, ready, {})
+    for step in range(3):
+        rows_B = torch.from_numpy(np.sort(order.step(step, 16)))
+        trainer.update({"chat - base": (x["chat"] - x["base"])[rows_B].float()})
+    state = run.dictionary.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in trainer.dictionary.state_dict().items())
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("mixture")
+    for n, name in enumerate(("pair", "more", "rest")):
+        make_store(
+            folder / f"{name}.zarr", rows=200 + 50 * n, shard_rows=64 * (n + 1), chunk_rows=16, factor={"a": 2.0},
+            documents=12, corpus=f"{name}/", seed=n,
+        )  # fmt: skip
+    return [folder / f"{name}.zarr" for name in ("pair", "more", "rest")]
+
+
+WEIGHED = {**ASKED, "rows": {"weights": {"pair": 0.6, "more": 0.3, "rest": 0.1}}}
+
+
+@pytest.mark.parametrize("asked", [ASKED, WEIGHED], ids=["all rows", "weighed"])
+def test_a_run_on_a_mixture_that_was_stopped_goes_on_to_the_same_bits(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    whole = fit(three, asked, tmp_path / "whole", quiet=True)
+    told = json.loads((whole.folder / "store.json").read_text())
+    assert told["paths"] == [str(path) for path in three] and len(told["members"]) == len(told["seals"]) == 3
+    with monkeypatch.context() as patch, pytest.raises(Stopped), one_line():
+        stop_at(7, patch)
+        fit([Store.open(path) for path in three], asked, tmp_path / "run", quiet=True)
+    again = resume(tmp_path / "run", quiet=True)
+    assert weights(again.folder) == weights(whole.folder) and again.figures == whole.figures
+    assert untimed(again.folder) == untimed(whole.folder)
+    assert (again.folder / "store.json").read_bytes() == (whole.folder / "store.json").read_bytes()
+    assert "Store pair.zarr, more.zarr, rest.zarr, 750 rows" in (whole.folder / "report.html").read_text()
+
+
+def test_the_rows_of_a_weighed_run_have_its_shares_and_the_log_says_what_was_dropped(
+    three: list[Path], tmp_path: Path
+) -> None:
+    run = fit(three, {**WEIGHED, "steps": 1}, tmp_path / "run", quiet=True)
+    asked = configs.parse(TrainConfig, tomllib.loads((run.folder / "config.toml").read_text()))
+    assert asked.rows.weights == {"pair": 0.6, "more": 0.3, "rest": 0.1}
+    kept_N = prepare.ready(open_mixture(three), [asked])[0].order.kept_N
+    alone = [int(kept_rows(Store.open(path)).kept_N.sum()) for path in three]
+    counts = [int(part.sum()) for part in np.split(kept_N, [200, 450])]
+    assert counts == shares(alone, [0.6, 0.3, 0.1]) and sum(counts) < sum(alone)
+    start = events(run.folder)[0]
+    assert (start["kept"], start["dropped"]["weights"]) == (sum(counts), sum(alone) - sum(counts))
+
+
+def test_a_run_on_a_mixture_does_not_go_on_with_another_one(three: list[Path], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped), one_line():
+        stop_at(7, patch)
+        fit(three, WEIGHED, tmp_path / "run", quiet=True)
+    for others in (three[::-1], three[:2], three[0]):
+        with pytest.raises(StoreError, match=r"not the store that the run began on: .*\. Give these as") as error:
+            resume(tmp_path / "run", others, quiet=True)
+        assert f"in this order: {', '.join(map(str, three))}" in str(error.value)
+    moved = [Path(shutil.copytree(path, tmp_path / path.name)) for path in three]
+    other = tmp_path / "run2"
+    shutil.copytree(tmp_path / "run", other)
+    assert weights(resume(other, moved, quiet=True).folder) == weights(resume(tmp_path / "run", quiet=True).folder)
+
+
+def test_a_mixture_in_which_a_weighed_store_holds_nothing_out_is_refused_with_its_counts(
+    three: list[Path], tmp_path: Path
+) -> None:
+    none = make_store(tmp_path / "none.zarr", rows=50, chunk_rows=16, factor={"a": 2.0}, held_out=0.0, corpus="n/")
+    asked = {**ASKED, "rows": {"weights": {"pair": 1, "none": 1}}}
+    told = r".*pair\.zarr holds out [1-9]\d* documents, .*none\.zarr holds out 0 documents\. Harvest"
+    with pytest.raises(StoreError, match=f"no held-out row to measure on: {told}"):
+        fit([three[0], none], asked, tmp_path / "run", quiet=True)
 
 
 # --- going on --------------------------------------------------------------------------------------------------------

@@ -14,11 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared import layout
 from shared.codec import CODECS, Packing
 from shared.errors import StoreDamagedError
 from shared.layout import index_bytes
+from shared.mixture import open_mixture
 from shared.shard import PackedShards
 from shared.store import Store
+from shared.view import View
 from tests.build import make_store
 from tests.device import CPU, every_device
 from train.filter import RowsConfig, kept_rows
@@ -68,6 +71,34 @@ def test_a_batch_is_the_step_of_the_order_in_the_models_own_units(
             stored = store.column(f"activations/{name}")[rows.rows_B.numpy()].astype(np.float32)
             assert np.array_equal(rows.x[name].cpu().numpy(), stored * np.float32(factor))
             assert rows.x[name].dtype == torch.float32 and rows.x[name].device.type == device.type
+
+
+@pytest.fixture(scope="module", params=[None, *CODECS])
+def three(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Sources of which two have one width, mapped and packed."""
+    path = tmp_path_factory.mktemp("three") / "small.zarr"
+    packing = request.param and Packing(request.param, CODECS[request.param].default, {"a": 4, "b": 2, "c": 4})
+    widths, factors = {"a": 6, "b": 4, "c": 6}, {"a": 4.0, "b": 0.5, "c": 0.25}
+    return make_store(path, rows=ROWS, sources=widths, factor=factors, masked=0.0, packing=packing)
+
+
+@every_device
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("piece_rows", [5, 100])
+def test_a_difference_is_served_as_fp64_has_it_and_what_it_is_made_of_is_read_once(
+    three: Store, device: torch.device, reuse: bool, threads: int, piece_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.loader.PIECE_BYTES", piece_rows * 2 * 6)
+    order = Order(kept_rows(three).kept_N, block_rows=4, window_blocks=5, seed=0)
+    x_ND = {name: layout.floats(three.stored(name, np.arange(ROWS))).double() * three.factor(name) for name in "abc"}
+    expected = {"c": x_ND["c"], "a - c": x_ND["a"] - x_ND["c"], "b": x_ND["b"], "c - a": x_ND["c"] - x_ND["a"]}
+    with Loader(three, list(expected), order, BATCH, range(20), device, threads, reuse=reuse) as loader:
+        for rows in loader:
+            assert list(rows.x) == list(expected)
+            for name, x_BD in rows.x.items():
+                assert torch.equal(x_BD.cpu(), expected[name][rows.rows_B].float())
+        assert loader.bytes_served == 20 * BATCH * (6 + 4 + 6) * 2
 
 
 @pytest.mark.parametrize("piece_rows", [1, 5, 16, 100])
@@ -139,6 +170,37 @@ def test_a_packed_store_serves_the_same_bits_from_anywhere(
     with (
         Loader(store, sources, order, batch, steps, CPU, threads) as expected,
         Loader(packed, sources, order, batch, steps, CPU, threads) as found,
+    ):
+        assert all(equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.fixture(scope="module", params=[1, 32, 50, 100])
+def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, View]:
+    """A store, and its rows cut into two stores, of which the second is packed."""
+    folder, factor, rng = tmp_path_factory.mktemp("cut"), {"a": 4.0, "b": 0.5}, np.random.default_rng(0)
+    values = {name: rng.normal(size=(ROWS, width)).astype(np.float32) for name, width in (("a", 6), ("b", 4))}
+    packing = {"rest": Packing("zstd", CODECS["zstd"].default, {"a": 4, "b": 2})}
+
+    def made(name: str, rows: slice) -> Store:
+        own = {source: x_ND[rows] for source, x_ND in values.items()}
+        return make_store(
+            folder / f"{name}.zarr", rows=len(own["a"]), values=own, factor=factor, corpus=f"{name}/",
+            packing=packing.get(name),
+        )  # fmt: skip
+
+    cut = request.param
+    return made("whole", slice(0, ROWS)), open_mixture([made("first", slice(0, cut)), made("rest", slice(cut, ROWS))])
+
+
+@given(st.integers(0, 40), st.integers(1, 60), st.integers(1, 3))
+@settings(max_examples=10, deadline=None)
+def test_a_mixture_of_the_parts_of_a_store_serves_the_same_bits(
+    parts: tuple[Store, View], start: int, batch: int, threads: int
+) -> None:
+    order, steps = Order(np.arange(ROWS) % 7 > 0, 4, 5, seed=0), range(start, start + 9)
+    with (
+        Loader(parts[0], ["b", "a"], order, batch, steps, CPU, threads) as expected,
+        Loader(parts[1], ["b", "a"], order, batch, steps, CPU, threads) as found,
     ):
         assert all(equal(*pair) for pair in zip(found, expected, strict=True))
 

@@ -9,10 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import StoreError
+from train import order as orders_of
 from train.order import (
+    SHARE,
     Order,
+    _key,
     companions,
     default_window_blocks,
+    drawn,
     own_document,
     permutation,
     splitmix64,
@@ -39,6 +43,34 @@ def test_splitmix64_gives_the_numbers_of_its_reference() -> None:
         16408922859458223821,
     ]
     assert splitmix64(1234567, np.arange(5)).tolist() == expected
+
+
+@given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2**40))
+@settings(deadline=None)
+def test_so_many_are_drawn_and_fewer_of_the_same(n: int, total: int, seed: int) -> None:
+    n = min(n, total)
+    mask = drawn(n, total, seed)
+    assert mask.dtype == bool and len(mask) == total and mask.sum() == n
+    assert not (drawn(n // 2, total, seed) & ~mask).any()
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100_000])
+def test_the_smallest_numbers_are_drawn_whatever_the_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orders_of, "SAMPLE_ITEMS", piece)
+    numbers = splitmix64(_key(3, SHARE), np.arange(1000))
+    for n in (1, 2, 500, 999):
+        assert np.array_equal(np.flatnonzero(drawn(n, 1000, 3)), np.sort(np.argsort(numbers)[:n]))
+
+
+def test_what_is_drawn_is_spread_evenly() -> None:
+    mask = drawn(30_000, 100_000, seed=0)
+    tenths = mask.reshape(10, 10_000).sum(1)  # 46 is the standard deviation of each
+    assert np.abs(tenths - 3000).max() < 230 and abs(int(mask[::2].sum()) - 15_000) < 370
+    assert abs(int((mask[1:] & mask[:-1]).sum()) - 9000) < 400  # neighbours know nothing of each other
+
+
+def test_another_seed_draws_others() -> None:
+    assert len({drawn(50, 100, seed).tobytes() for seed in range(5)}) == 5
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 300))

@@ -6,6 +6,7 @@ Letters: N rows, D width of a source.
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,17 @@ import pytest
 import torch
 
 from shared.errors import StoreError
+from shared.family import Wider
 from shared.flags import FIRST, SPECIAL
+from shared.mixture import open_mixture
 from shared.store import Store
+from shared.view import View
 from tests.build import make_store
 from train import scale as scales
 from train.filter import RowsConfig, kept_rows
 from train.order import Order
-from train.reader import Reader
 from train.scale import Scale, fit, kept_moments
+from train.weights import shares, thinned
 
 ROWS, WIDTHS, FACTORS = 400, {"a": 6, "b": 4}, {"a": 4.0, "b": 0.5}
 Make = Callable[..., Store]
@@ -53,8 +57,8 @@ def order_of(store: Store, sources: list[str]) -> Order:
     return Order(kept_rows(store, RowsConfig(sources=sources)).kept_N, 8, 4, seed=0)
 
 
-def rows(store: Store, source: str, kept_N: np.ndarray) -> np.ndarray:
-    return store.column(f"activations/{source}")[kept_N].astype(np.float64) * store.factor(source)
+def rows(store: View, source: str, kept_N: np.ndarray) -> np.ndarray:
+    return store.stored(source, np.arange(store.rows)[kept_N]).astype(np.float64) * store.factor(source)
 
 
 def expected(x_ND: np.ndarray, kind: str, centre: bool, widths: list[int]) -> tuple[np.ndarray, float]:
@@ -107,8 +111,7 @@ def test_the_moments_of_the_kept_rows_are_exact_whichever_way_they_are_found(
     store: Store, source: str, kept: Callable[[Store], np.ndarray]
 ) -> None:
     kept_N = kept(store)
-    with Reader(store, ["a", "b"]) as reader:
-        moments = kept_moments(store, reader, source, kept_N)
+    moments = kept_moments(store, source, kept_N)
     x_ND = rows(store, source, kept_N)
     assert moments.count == len(x_ND)
     np.testing.assert_allclose(moments.mean_D, x_ND.mean(0), rtol=1e-9)
@@ -122,15 +125,14 @@ def test_few_dropped_rows_are_taken_out_of_the_stored_moments_and_only_they_are_
     read: list[int] = []
     read_moments = scales._read_moments
 
-    def spied(store: Store, reader: Reader, source: str, wanted: np.ndarray) -> Any:
+    def spied(store: Store, source: str, wanted: np.ndarray) -> Any:
         read.append(len(wanted))
-        return read_moments(store, reader, source, wanted)
+        return read_moments(store, source, wanted)
 
     monkeypatch.setattr(scales, "_read_moments", spied)
     kept_N = kept_rows(store).kept_N
-    with Reader(store, ["a", "b"]) as reader:
-        for name in WIDTHS:
-            kept_moments(store, reader, name, kept_N)
+    for name in WIDTHS:
+        kept_moments(store, name, kept_N)
     sinks_of_b = int((scales.ordinary_rows(store, "a") & ~kept_N).sum())
     assert read == [sinks_of_b, 0] and sinks_of_b > 0
 
@@ -156,6 +158,142 @@ def test_a_median_of_many_rows_is_that_of_a_sample_of_the_kept_ones(
     assert len(sample) == 50 and order.kept_N[sample].all()
     median = float(np.median(np.linalg.norm(rows(store, "b", sample), axis=1)))
     assert float(fit(store, ["b"], order, "median_norm", False).factor("b")) == pytest.approx(2 / median, rel=1e-6)
+
+
+# --- mixtures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(make: Make, store: Store) -> View:
+    rng = np.random.default_rng(6)
+    values = {
+        name: (5 - 2 * rng.normal(size=(250, width)).astype(np.float16)).astype(np.float32) * FACTORS[name]
+        for name, width in WIDTHS.items()
+    }
+    values["a"][rng.random(250) < 0.04] *= 32
+    return open_mixture([store, make(rows=250, values=values, corpus="x/")])
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0], [1.0, 9.0]])
+@pytest.mark.parametrize("kind", ["rms", "median_norm"])
+def test_the_scale_of_a_mixture_is_that_of_the_rows_that_it_keeps(
+    mixed: View, kind: Any, weights: list[float] | None
+) -> None:
+    parts = np.split(kept_rows(mixed).kept_N, [ROWS])
+    if weights is not None:
+        counts = shares([int(part.sum()) for part in parts], weights)
+        parts = [thinned(part, n) for part, n in zip(parts, counts, strict=True)]
+    order = Order(np.concatenate(parts), 8, 4, seed=0)
+    scale = fit(mixed, ["a", "b"], order, kind, True)
+    for name in WIDTHS:
+        x_ND = rows(mixed, name, order.kept_N)
+        mean_D, factor = expected(x_ND, kind, True, list(WIDTHS.values()))
+        np.testing.assert_allclose(scale.mean(name).numpy(), mean_D, rtol=1e-6, atol=1e-6)
+        assert float(scale.factor(name)) == pytest.approx(factor, rel=1e-6)
+
+
+def test_of_a_mixture_only_the_stores_that_gave_rows_away_are_read(
+    mixed: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, genuine = list[tuple[Path, int]](), scales._read_moments
+    monkeypatch.setattr(
+        scales,
+        "_read_moments",
+        lambda one, name, wanted: (read.append((one.path, len(wanted))), genuine(one, name, wanted))[1],
+    )
+    first_N, second_N = np.split(kept_rows(mixed).kept_N, [ROWS])
+    left_N = thinned(first_N, 40)
+    kept_N = np.concatenate([left_N, second_N])
+    moments = kept_moments(mixed, "a", kept_N)
+    first, second = (one.path for one in mixed.stores)
+    dropped = int((scales.ordinary_rows(mixed.stores[1], "a") & ~second_N).sum())
+    assert read == [(first, 40), (second, dropped)] and dropped < 0.1 * second_N.sum()
+    x_ND = rows(mixed, "a", kept_N)
+    assert moments.count == len(x_ND)
+    np.testing.assert_allclose(moments.mean_D, x_ND.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(moments.m2_D, ((x_ND - x_ND.mean(0)) ** 2).sum(0), rtol=1e-9)
+
+
+def test_a_store_of_more_sources_has_its_own_models_beside_it(make: Make, store: Store) -> None:
+    """The flags of model_b decide the class of a row of `a` in one store, and not in the other."""
+    special = np.where(np.arange(ROWS) % 5 == 0, SPECIAL, 0).astype(np.uint8)
+    parent = make(sources={"a": 6}, models={"a": "model_a"}, values=None, special=0.0)
+    more = make(sources={"b": 4}, models={"b": "model_b"}, values=None, flags={"model_b": special}, factor={"b": 0.5})
+    wide = Wider(parent, more)
+    mixed = open_mixture([store, wide])
+    assert [one.beside("a") for one in mixed.stores] == [["model_a", "model_b"], ["model_a"]]
+    kept_N = kept_rows(mixed).kept_N
+    moments = kept_moments(mixed, "a", kept_N)
+    assert moments.count == kept_N.sum()
+    np.testing.assert_allclose(moments.mean_D, rows(mixed, "a", kept_N).mean(0), rtol=1e-3)
+
+
+# --- differences ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def twins(make: Make) -> Store:
+    """Two sources of one width, of other factors; both are sinks in places."""
+    rng = np.random.default_rng(4)
+    values = {
+        name: ((rng.normal(size=(ROWS, 6)) + offset).astype(np.float16) * FACTORS[name]).astype(np.float32)
+        for name, offset in (("a", 3), ("b", 9))
+    }
+    for x_ND in values.values():
+        x_ND[rng.random(ROWS) < 0.04] *= 32
+    return make(sources={"a": 6, "b": 6}, values=values)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("kind", ["none", "rms", "median_norm"])
+@pytest.mark.parametrize("names", [["a - b"], ["b", "a - b"], ["b - a", "a", "b"]], ids="+".join)
+def test_the_scale_of_a_difference_is_that_of_its_kept_rows(
+    twins: Store, names: list[str], kind: Any, centre: bool
+) -> None:
+    order = Order(kept_rows(twins).kept_N, 8, 4, seed=0)
+    scale = fit(twins, names, order, kind, centre)
+    x = {name: rows(twins, name, order.kept_N) for name in "ab"}
+    x |= {"a - b": x["a"] - x["b"], "b - a": x["b"] - x["a"]}
+    for name in names:
+        mean_D, factor = expected(x[name], kind, centre, [6] * len(names))
+        np.testing.assert_allclose(scale.mean(name).numpy(), mean_D, rtol=1e-6, atol=1e-6)
+        assert float(scale.factor(name)) == pytest.approx(factor, rel=1e-6)
+
+
+def test_the_mean_of_a_difference_is_that_of_the_uncast_values(make: Make) -> None:
+    rng = np.random.default_rng(5)
+    values = {name: (1 + rng.normal(size=(ROWS, 6)) / 64).astype(np.float32) for name in "ab"}  # no fp16 numbers
+    store = make(sources={"a": 6, "b": 6}, values=values, factor={"a": 2.0**7})
+    order = Order(kept_rows(store).kept_N, 8, 4, seed=0)
+    exact_D = (values["a"].astype(np.float64) - values["b"].astype(np.float64))[order.kept_N].mean(0)
+    cast_D = (rows(store, "a", order.kept_N) - rows(store, "b", order.kept_N)).mean(0)
+    found_D = fit(store, ["a - b"], order, "rms", True).mean("a - b").numpy()
+    np.testing.assert_allclose(found_D, exact_D, rtol=1e-6, atol=1e-9)
+    assert np.abs(found_D - cast_D).max() > 1e-6
+
+
+@pytest.mark.parametrize(("kind", "sampled"), [("rms", False), ("median_norm", True), ("none", True)])
+def test_all_kept_rows_of_a_difference_are_read_only_where_its_spread_counts(
+    twins: Store, kind: Any, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scales, "MEDIAN_ROWS", 50)
+    read, genuine = dict[str, int](), scales._read_moments
+    monkeypatch.setattr(
+        scales,
+        "_read_moments",
+        lambda store, name, wanted: (read.update({name: len(wanted)}), genuine(store, name, wanted))[1],
+    )
+    order = Order(kept_rows(twins).kept_N, 8, 4, seed=0)
+    fit(twins, ["a - b"], order, kind, True)
+    assert read["a - b"] == (50 if sampled else order.kept) and order.kept > 150
+
+
+def test_sources_that_are_alike_have_no_difference(make: Make) -> None:
+    x_ND = np.random.default_rng(0).normal(size=(ROWS, 6)).astype(np.float32)
+    store = make(sources={"a": 6, "b": 6}, values={"a": x_ND, "b": x_ND}, factor={})
+    for kind, centre in itertools.product(("none", "rms", "median_norm"), (True, False)):
+        with pytest.raises(StoreError, match="all rows of this source are alike: a - b"):
+            fit(store, ["a", "a - b"], order_of(store, ["a", "b"]), kind, centre)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, 0.1])  # 0.1 is no fp16 number

@@ -60,7 +60,7 @@ def test_every_run_has_a_device_and_no_device_much_more_than_the_others(
 def test_runs_in_processes_equal_those_in_this_one(store: Store, tmp_path: Path) -> None:
     folders = claimed(store, tmp_path / "runs", {"seed": 0}, {"seed": 1}, {"seed": 2})
     logs = [tmp_path / "one.log", tmp_path / "two.log"]
-    spread.run([folders[:2], folders[2:]], [{"SOME": "1"}, {}], logs)
+    spread.run([folders[:2], folders[2:]], [store.path], [{"SOME": "1"}, {}], logs)
     assert all(finished(one) for one in folders)
     for seed, folder in enumerate(folders):
         alone = fit(store, {**ASKED, "seed": seed}, tmp_path / "alone" / str(seed), quiet=True)
@@ -80,7 +80,7 @@ def test_a_stop_reaches_every_process(store: Store, tmp_path: Path) -> None:
 
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(Stopped), one_line():
-        spread.run([folders[:1], folders[1:]], [{}, {}], [tmp_path / "one.log", tmp_path / "two.log"])
+        spread.run([folders[:1], folders[1:]], [store.path], [{}, {}], [tmp_path / "one.log", tmp_path / "two.log"])
     for one in metrics:
         assert json.loads(one.read_text().splitlines()[-1])["event"] == "stop"
 
