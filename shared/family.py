@@ -14,7 +14,7 @@ import numpy as np
 from shared.errors import StoreError
 from shared.header import Header
 from shared.layout import GROUP
-from shared.shard import Piece, Shards
+from shared.reading import MAPPED, Access, Piece, Shards
 from shared.store import Store
 from shared.view import View
 
@@ -89,8 +89,8 @@ class Longer(View):
         rows = self._then.rows_of(shard - self._first.shards)
         return range(self._first.rows + rows.start, self._first.rows + rows.stop)
 
-    def activations(self, source: str) -> Shards:
-        return _Both(self._first.activations(source), self._then.activations(source), self._first.rows)
+    def activations(self, source: str, access: Access = MAPPED) -> Shards:
+        return _Both(self._first.activations(source, access), self._then.activations(source, access), self._first.rows)
 
     def map(self, name: str, index: int = 0) -> np.ndarray:
         if index < self._first.shards:
@@ -142,8 +142,8 @@ class Wider(View):
     def rows_of(self, shard: int) -> range:
         return self._first.rows_of(shard)
 
-    def activations(self, source: str) -> Shards:
-        return self._of(f"activations/{source}").activations(source)
+    def activations(self, source: str, access: Access = MAPPED) -> Shards:
+        return self._of(f"activations/{source}").activations(source, access)
 
     def map(self, name: str, index: int = 0) -> np.ndarray:
         return self._of(name).map(name, index)
@@ -164,6 +164,7 @@ class _Both(Shards):
 
     def __init__(self, first: Shards, then: Shards, border: int) -> None:
         self._first, self._then, self._border = first, then, border
+        self.threads = max(first.threads, then.threads)
 
     def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
         split = int(np.searchsorted(rows_B, self._border))

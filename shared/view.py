@@ -17,7 +17,7 @@ from shared.errors import StoreError
 from shared.flags import count_faults
 from shared.header import Header
 from shared.moments import CLASSES, Moments
-from shared.shard import THREADS, Shards
+from shared.reading import MAPPED, THREADS, Access, Shards
 from shared.source import Source
 
 if TYPE_CHECKING:
@@ -57,8 +57,11 @@ class View(ABC):
         """The numbers of a shard's rows."""
 
     @abstractmethod
-    def activations(self, source: str) -> Shards:
-        """The rows of a source as they were stored, open to be read; layout.floats makes numbers of them."""
+    def activations(self, source: str, access: Access = MAPPED) -> Shards:
+        """The rows of a source as they were stored, open to be read; layout.floats makes numbers of them.
+
+        What is packed is decoded, whatever `access.io` says.
+        """
 
     @abstractmethod
     def map(self, name: str, index: int = 0) -> np.ndarray:

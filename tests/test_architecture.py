@@ -30,6 +30,7 @@ MODULES: dict[str, dict[str, str]] = {
         "layout": "pure: the arrays of STORE.md, the names of their files and their bytes",
         "codec": "chunks of activations in fewer bytes",
         "header": "what a store says of itself",
+        "reading": "rows from shard files: memory maps, or pieces that are kept in memory",
         "shard": "the rows of one source in its shard files, raw or packed",
         "flags": "what single bits say of a row",
         "view": "what can be read: one store, or siblings as one",
@@ -74,7 +75,7 @@ MODULES: dict[str, dict[str, str]] = {
     "train": {
         "order": "pure: (seed, step) -> the rows of a batch; resume is one integer",
         "filter": "which rows of a store a run learns from, and what dropped the others",
-        "reader": "shards, mapped or decoded ahead -> the rows of a batch",
+        "reader": "shards, mapped, read or decoded ahead -> the rows of a batch",
         "loader": "threads -> a ring of slots -> batches on the device",
         "schedule": "values over steps, as polylines",
         "wiring": "spans: which latents each source reads into and writes from",

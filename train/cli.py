@@ -15,7 +15,7 @@ from shared.view import View
 from train import measure as measuring
 from train import method as method_files
 from train import report
-from train.config import LogConfig, TrainConfig
+from train.config import LogConfig, ReadConfig, TrainConfig
 from train.dictionary import Dictionary
 from train.fit import Run, fit
 from train.fit import resume as going_on
@@ -121,7 +121,8 @@ def measure(
     _require_same_sites(folder, store, dictionary)
     trained = _own_config(folder)
     most = rows or (trained.log if trained else LogConfig()).measure_rows
-    figures = measuring.measure(dictionary, store, most, trained.rows if trained else None, as_json)
+    access = (trained.read if trained else ReadConfig()).access
+    figures = measuring.measure(dictionary, store, most, trained.rows if trained else None, as_json, access)
     print(json.dumps(figures) if as_json else report.text(figures))
 
 

@@ -94,7 +94,7 @@ def _finish(store: View, made: "Made", training: run.Training) -> Run:
             _train(store, made, training)
         trained = made.trainer.dictionary.eval()
         trained.save(path / "dictionary")
-        figures = measure.measure(trained, store, asked.log.measure_rows, asked.rows, log.quiet)
+        figures = measure.measure(trained, store, asked.log.measure_rows, asked.rows, log.quiet, asked.read.access)
         files.write_json(path / report.MEASURE, figures)
         log.event("measure", figures=figures)
         report.write(path)
@@ -138,8 +138,8 @@ def prepare(store: View, config: TrainConfig, fresh: bool = True) -> Made:
     if config.batch > order.kept:
         value = f"{config.batch:,} > {order.kept:,}"
         raise ConfigError("the batch is larger than the rows that are kept", value, "Lower batch, or harvest more rows")
-    kind = config.scale
-    scaled = scale.fit(store, sources, order, kind.kind, kind.centre) if fresh else scale.Scale(widths)
+    kind, access = config.scale, config.read.access
+    scaled = scale.fit(store, sources, order, kind.kind, kind.centre, access) if fresh else scale.Scale(widths)
     made, terms = dictionary.create(wires, config.method, scaled, config.wiring.norm, config.steps)
     if fresh:
         made.initialise(config.seed, config.wiring.decoder_norm or dictionary.default_decoder_norm(wires))
@@ -165,11 +165,11 @@ def _opening(made: Made, path: Path) -> str:
 
 def _train(store: View, made: Made, training: run.Training) -> None:
     config, trainer, log = made.config, made.trainer, training.log
-    steps = range(trainer.step, config.steps)
+    steps, device, access = range(trainer.step, config.steps), trainer.idle_L.device, config.read.access
     started = time.monotonic()
     with (
         deferred_stop() as stopping,
-        Loader(store, made.sources, made.order, config.batch, steps, trainer.idle_L.device, reuse=True) as loader,
+        Loader(store, made.sources, made.order, config.batch, steps, device, reuse=True, access=access) as loader,
         bar("training", "steps", config.steps, quiet=log.quiet, done=trainer.step) as progress,
     ):
         for rows in loader:

@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from shared import layout
+from shared.reading import MAPPED, Access
 from shared.view import View
 from train.order import Order
 from train.reader import Reader
@@ -57,19 +58,25 @@ class Loader:
     Used as a context manager, or closed by close(). An error in a thread ends the iteration with its own traceback.
     `waited_s` is how long the consumer waited; `bytes_served` counts what was read from the store. With `reuse` a batch
     holds until the next one is asked for: fresh memory for each takes a CPU longer than its rows.
+
+    Of the store's rows there are in memory, whatever its size, at most two windows of the order and the blocks of the
+    batches under way: the window that is open, what has come of the next, and what is left of the last. All of them
+    stay there where `access` says so, or a window is the whole store.
     """
 
     def __init__(
         self, store: View, sources: list[str], order: Order, batch: int, steps: range, device: torch.device,
-        threads: int = 1, slots: int = 4, rank: int = 0, world: int = 1, reuse: bool = False,
+        threads: int = 1, slots: int = 4, rank: int = 0, world: int = 1, reuse: bool = False, access: Access = MAPPED,
     ) -> None:  # fmt: skip
         assert batch > 0 and threads > 0 and slots > 0 and len(order.kept_N) == store.rows
         self.order, self.batch, self.device, self.rank, self.world = order, batch, device, rank, world
         self.waited_s, self.rows_served, self.bytes_served = 0.0, 0, 0
-        self._reader = Reader(store, sources)
+        stays = access.stays or order.window_blocks == order.blocks
+        self._reader = Reader(store, sources, replace(access, stays=stays))
         self._widths = self._reader.widths
         self._row_bytes = store.dtype.itemsize * sum(self._widths.values())
         self._factors = {name: store.factor(name) for name in sources}
+        self._behind = (slots - 1) * world * batch  # rows of the stream that may still be loaded when a batch begins
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._drawing = threading.Lock()
         self._asked = self._passed = -1  # how far in the line of blocks; none yet
@@ -165,11 +172,11 @@ class Loader:
         order, window = self.order, self.order.window_blocks
         if self._asked < 0:
             self._asked = self._passed = order.opened(position)
-        elif window == order.blocks:  # everything stays
+        elif window == order.blocks:  # everything is there already, and stays
             return range(0), range(0)
         asked, passed = self._asked, self._passed
         self._asked = max(asked, order.front(position + self.batch - 1) + window)
-        self._passed = max(passed, order.front(position) - window)
+        self._passed = max(passed, order.front(max(position - self._behind, 0)) - window)
         return range(asked, self._asked), range(passed, self._passed)
 
     def _send(self, slot: _Slot, x: dict[str, torch.Tensor]) -> None:

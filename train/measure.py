@@ -14,6 +14,7 @@ from torch import Tensor
 from shared import layout
 from shared.errors import StoreError
 from shared.log import bar
+from shared.reading import MAPPED, Access
 from shared.view import View
 from train.dictionary import Dictionary, relative_norms
 from train.filter import RowsConfig, kept_rows
@@ -153,8 +154,9 @@ def sources_of(dictionary: Dictionary) -> list[str]:
 
 
 def measure(
-    dictionary: Dictionary, store: View, most: int = 131_072, rows: RowsConfig | None = None, quiet: bool = False
-) -> dict[str, Any]:
+    dictionary: Dictionary, store: View, most: int = 131_072, rows: RowsConfig | None = None, quiet: bool = False,
+    access: Access = MAPPED,
+) -> dict[str, Any]:  # fmt: skip
     """The figures of a dictionary on a store: FVE and the like on held-out rows, dead latents on training rows too.
 
     At most `most` rows of either split are read, a keyed sample where there are more, of those that the filter of the
@@ -174,7 +176,7 @@ def measure(
         ):
             sampled = Order(kept_N, store.chunk_rows, 1, seed=0).sample(most, seed=0) if kept_N.any() else NOTHING
             one = Measure(dictionary)
-            batches = _batches(store, dictionary, sampled, device)
+            batches = _batches(store, dictionary, sampled, device, access)
             for x in bar(what, "batches", -(-len(sampled) // BATCH), batches, quiet):
                 one.add(x)
             measures.append(one)
@@ -198,8 +200,8 @@ def require_held_out(store: View, rows: RowsConfig | None) -> np.ndarray:
 
 
 def _batches(
-    store: View, dictionary: Dictionary, rows: np.ndarray, device: torch.device
+    store: View, dictionary: Dictionary, rows: np.ndarray, device: torch.device, access: Access
 ) -> Iterator[dict[str, Tensor]]:
-    with Reader(store, sources_of(dictionary)) as reader:
+    with Reader(store, sources_of(dictionary), access) as reader:
         for _, stored in reader.stream(rows, BATCH):
             yield {n: layout.floats(x).to(device).float() * store.factor(n) for n, x in stored.items()}

@@ -15,6 +15,7 @@ from shared import layout
 from shared.errors import StoreError
 from shared.flags import FIRST, MASKED, SINK, SPECIAL, TRAIN
 from shared.moments import Moments
+from shared.reading import MAPPED, Access
 from shared.view import View
 from train.order import Order
 from train.reader import Reader
@@ -46,7 +47,7 @@ class Scale(nn.Module):
         return x_BD / self.factor(source) + self.mean(source)
 
 
-def fit(store: View, sources: Sequence[str], order: Order, kind: Kind, centre: bool) -> Scale:
+def fit(store: View, sources: Sequence[str], order: Order, kind: Kind, centre: bool, access: Access = MAPPED) -> Scale:
     """The scale of the rows that `order` serves.
 
     mean    the mean of a source's rows, exact, where `centre`; else 0
@@ -59,7 +60,7 @@ def fit(store: View, sources: Sequence[str], order: Order, kind: Kind, centre: b
     widths = {name: store.source(name).width for name in sources}
     scale = Scale(widths)
     target = math.sqrt(sum(widths.values()) / len(widths))
-    with Reader(store, sources) as reader:
+    with Reader(store, sources, access) as reader:
         for name in sources:
             moments = kept_moments(store, reader, name, order.kept_N)
             if not moments.variance() > 0:
