@@ -30,6 +30,7 @@ class ReadConfig(Config):
     """How the rows of the store are read; what comes out is the same."""
 
     io: IO = "map"  # map: memory maps; pread: large reads, for network disks; a packed store is decoded either way
+    resident: Literal["auto", "never"] = "auto"  # auto: rows stay on the GPU or in memory, if half of it is room enough
 
     @property
     def access(self) -> Access:

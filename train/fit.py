@@ -13,10 +13,9 @@ from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, def
 from shared.family import open_family
 from shared.log import Log, bar
 from shared.view import View
-from train import checkpoint, dictionary, measure, report, run, scale, wiring
+from train import checkpoint, dictionary, measure, report, resident, run, scale, wiring
 from train.config import TrainConfig
 from train.filter import Kept, kept_rows, require_rows
-from train.loader import Loader
 from train.order import Order, companions, default_window_blocks
 from train.trainer import Trainer
 
@@ -50,7 +49,7 @@ def fit(
             with Log(path / report.METRICS, quiet) as log:
                 mixing = companions(asked.batch, made.order.block_rows, made.order.window_rows)
                 kept = {"dropped": made.dropped, "kept": made.order.kept, "companions": mixing}
-                log.event("start", _opening(made, path), **kept)
+                log.event("start", _opening(made, path), **kept, resident=made.resident)
                 return _finish(opened, made, run.Training(path, asked, made.trainer, opened, log))
 
 
@@ -82,7 +81,8 @@ def resume(folder: str | Path, store: View | str | Path | None = None, quiet: bo
             training.resume()
             log.attach(path / report.METRICS)
             step = made.trainer.step
-            log.event("resume", f"going on with {path} at step {step:,} of {asked.steps:,}", step=step)
+            told = {"step": step, "resident": made.resident}
+            log.event("resume", f"going on with {path} at step {step:,} of {asked.steps:,}", **told)
             return _finish(opened, made, training)
 
 
@@ -114,6 +114,7 @@ class Made:
     order: Order
     sources: list[str]
     dropped: dict[str, int]
+    resident: resident.Where
 
 
 def prepare(store: View, config: TrainConfig, fresh: bool = True) -> Made:
@@ -143,7 +144,9 @@ def prepare(store: View, config: TrainConfig, fresh: bool = True) -> Made:
     made, terms = dictionary.create(wires, config.method, scaled, config.wiring.norm, config.steps)
     if fresh:
         made.initialise(config.seed, config.wiring.decoder_norm or dictionary.default_decoder_norm(wires))
-    return Made(config, Trainer(made.to(device), list(terms), config), order, sources, kept.dropped)
+    trainer, auto = Trainer(made.to(device), list(terms), config), config.read.resident == "auto"
+    where = resident.place(store, sources, order, device, config.steps * config.batch) if auto else "no"
+    return Made(config, trainer, order, sources, kept.dropped, where)
 
 
 def order_of(store: View, kept: Kept, batch: int, seed: int) -> Order:
@@ -168,8 +171,8 @@ def _train(store: View, made: Made, training: run.Training) -> None:
     steps, device, access = range(trainer.step, config.steps), trainer.idle_L.device, config.read.access
     started = time.monotonic()
     with (
+        resident.feed(made.resident, store, made.sources, made.order, config.batch, steps, device, access) as loader,
         deferred_stop() as stopping,
-        Loader(store, made.sources, made.order, config.batch, steps, device, reuse=True, access=access) as loader,
         bar("training", "steps", config.steps, quiet=log.quiet, done=trainer.step) as progress,
     ):
         for rows in loader:

@@ -86,6 +86,18 @@ def test_a_run_that_reads_without_maps_is_the_same_to_the_bit(
     assert (again.folder / "measure.json").read_bytes() == (run.folder / "measure.json").read_bytes()
 
 
+@pytest.mark.parametrize("where", ["device", "memory", "no"])
+def test_wherever_the_rows_of_a_run_stay_it_is_the_same_to_the_bit_and_its_log_says_where(
+    run: Run, store: Store, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.resident.place", lambda *_: where)
+    again = fit(store, ASKED, tmp_path / "run", quiet=True)
+    assert weights(again.folder) == weights(run.folder)
+    assert events(again.folder)[0]["resident"] == where
+    never = fit(store, {**ASKED, "read": {"resident": "never"}}, tmp_path / "never", quiet=True)
+    assert events(never.folder)[0]["resident"] == "no" and weights(never.folder) == weights(run.folder)
+
+
 def test_blocks_are_those_of_the_original_and_whole_chunks_of_a_packed_store() -> None:
     for widths in ({"a": 576, "b": 4096}, {"b": 4096}, {"a": 576}, {"a": 640, "b": 577, "c": 65_536}):
         chunk_rows = {name: layout.block_rows(1024, 2 * width) for name, width in widths.items()}
