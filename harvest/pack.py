@@ -17,7 +17,7 @@ from shared.errors import StoreDamagedError, StoreError, StoreMismatchError
 from shared.header import Header
 from shared.layout import GROUP, UNIT_ARRAYS, Unit
 from shared.log import Log, bar
-from shared.shard import THREADS
+from shared.reading import THREADS
 from shared.store import Part, Store
 from shared.verify import Entry
 

@@ -1,9 +1,10 @@
-"""The device and the threads that a user names, and copies that do not keep the device waiting."""
+"""The device and the threads that a user names, its free memory, and copies that do not keep the device waiting."""
 
 import ctypes
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,80 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take there.
+
+    cuda       what the driver has left, and what torch holds and does not use
+    any other  what the system can give without swapping, as far as every control group that this process is in lets it
+    """
+    if device.type == "cuda":
+        left, _ = torch.cuda.mem_get_info(device)
+        return left + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available: int = psutil.virtual_memory().available
+    return min(available, *free_in_groups())
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The files of a control group that tell of its memory, and what memory.stat calls pages that it can take back."""
+
+    limits: tuple[str, ...]
+    used: str
+    cache: tuple[str, ...]
+
+
+_GROUPS = {  # by the type of their file system: versions 1 and 2
+    "cgroup": _Memory(
+        ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+    ),
+    "cgroup2": _Memory(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
+}
+
+
+def free_in_groups(root: Path = Path("/")) -> list[int]:
+    """Bytes that each of the control groups that this process is in, and those around them, lets it take.
+
+    Pages of files count as free: they are given back where others need them. Linux alone has such groups.
+    """
+    found: list[int] = []
+    with suppress(FileNotFoundError):
+        ours = dict(_own_groups((root / "proc/self/cgroup").read_text()))
+        for line in (root / "proc/self/mountinfo").read_text().splitlines():
+            mount, _, rest = line.partition(" - ")
+            (_, _, _, top, point, *_), (kind, _, options, *_) = mount.split(), rest.split()
+            if kind in ours and (kind == "cgroup2" or "memory" in options.split(",")):
+                found += _free_around(root / point.lstrip("/"), Path(top), Path(ours[kind]), _GROUPS[kind])
+    return found
+
+
+def _own_groups(text: str) -> Iterator[tuple[str, str]]:
+    """(type of its file system, path) of the control groups that count this process's memory."""
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            yield "cgroup2", path
+        elif "memory" in controllers.split(","):
+            yield "cgroup", path
+
+
+def _free_around(point: Path, top: Path, group: Path, files: _Memory) -> Iterator[int]:
+    """Of a group and those around it that can be seen: `point` shows the group `top`."""
+    # Where the mount does not show the group, a container hides where it is.
+    inside = point / group.relative_to(top) if group.is_relative_to(top) else point
+    for folder in (inside, *inside.parents):
+        if not folder.is_relative_to(point):
+            return
+        with suppress(OSError):  # the outermost one has no such files
+            limits = [text for name in files.limits if (text := _text(folder / name)) not in ("max", "")]
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / files.used).read_text()) - sum(int(stat.get(name, 0)) for name in files.cache)
+            yield from (max(int(limit) - used, 0) for limit in limits)
+
+
+def _text(file: Path) -> str:
+    return file.read_text().strip() if file.exists() else ""
 
 
 def sent(x: Tensor, device: torch.device | str) -> Tensor:
@@ -67,14 +142,6 @@ class Outward:
             return copies
 
         return wait
-
-
-def free_memory(device: torch.device | str) -> int:
-    """Bytes that this process can still take on the device."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from shared.errors import StoreError
 from shared.header import Header
 from shared.joined import OF_ROWS, Joined, plan_of
 from shared.layout import GROUP
-from shared.shard import Shards
+from shared.reading import MAPPED, Access, Shards
 from shared.store import Store
 from shared.view import View
 
@@ -90,8 +90,8 @@ class Wider(View):
     def rows_of(self, shard: int) -> range:
         return self._first.rows_of(shard)
 
-    def activations(self, source: str) -> Shards:
-        return self._of(f"activations/{source}").activations(source)
+    def activations(self, source: str, access: Access = MAPPED) -> Shards:
+        return self._of(f"activations/{source}").activations(source, access)
 
     def map(self, name: str, index: int = 0) -> np.ndarray:
         return self._of(name).map(name, index)

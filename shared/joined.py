@@ -13,7 +13,7 @@ import numpy as np
 
 from shared.errors import StoreError
 from shared.header import Header
-from shared.shard import Piece, Shards
+from shared.reading import MAPPED, Access, Piece, Shards
 from shared.view import View
 
 COUNTS = ("rows", "shards", "documents", "documents_held_out", "segments")  # of a plan, which add up
@@ -57,8 +57,8 @@ class Joined(View):
         rows, first = self._views[view].rows_of(local), self._first_row[view]
         return range(first + rows.start, first + rows.stop)
 
-    def activations(self, source: str) -> Shards:
-        return _Joined([view.activations(source) for view in self._views], self._first_row)
+    def activations(self, source: str, access: Access = MAPPED) -> Shards:
+        return _Joined([view.activations(source, access) for view in self._views], self._first_row)
 
     def map(self, name: str, index: int = 0) -> np.ndarray:
         view, local = self._holds(index)
@@ -106,6 +106,7 @@ class _Joined(Shards):
 
     def __init__(self, parts: Sequence[Shards], starts: Sequence[int]) -> None:
         self._parts = [(part, *edges) for part, edges in zip(parts, pairwise(starts), strict=True)]
+        self.threads = max(part.threads for part in parts)
 
     def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
         for part, start, stop in self._parts:

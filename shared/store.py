@@ -18,7 +18,8 @@ from shared.errors import StoreDamagedError, StoreError, StoreUnfinishedError
 from shared.flags import count_faults
 from shared.header import Header
 from shared.layout import DAMAGED, GROUP, SEALED, Unit, crc32c, padded, raw
-from shared.shard import Files, Form, Shards, form_of
+from shared.reading import MAPPED, Access, Files, Shards
+from shared.shard import Form, form_of
 from shared.view import View
 
 
@@ -226,9 +227,7 @@ class Store(View):
         """How the activations of a source lie in their shard files."""
         return form_of(self.source(source), self.header.plan, self.header.codec)
 
-    def activations(self, source: str) -> Shards:
-        """The rows of a source as they were stored, open to be read; layout.floats makes numbers of them."""
-
+    def activations(self, source: str, access: Access = MAPPED) -> Shards:
         def path(shard: int) -> Path:
             return self.path / layout.unit_files(source, shard)[0]
 
@@ -237,7 +236,7 @@ class Store(View):
             found: list[int] = receipt["files"][layout.unit_files(source, shard)[0]]["chunks"]
             return found
 
-        return self.form(source).open(Files(self.rows, path, crcs))
+        return self.form(source).open(Files(self.rows, path, crcs), access)
 
     def map(self, name: str, index: int = 0) -> np.ndarray:
         """A read-only memory map of file `index` of the array `name`, without padding. Refuses what is packed."""

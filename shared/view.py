@@ -3,11 +3,12 @@
 Letters: N rows, B rows that are asked for, D width of a source, K length of packed moments.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from shared.errors import StoreError
 from shared.flags import count_faults
 from shared.header import Header
 from shared.moments import CLASSES, Moments
-from shared.shard import THREADS, Shards
+from shared.reading import MAPPED, THREADS, Access, Shards
 from shared.source import Source
 
 if TYPE_CHECKING:
@@ -32,11 +33,18 @@ class View(ABC):
 
     def __init__(self, path: Path, header: Header, stores: Sequence["View"] = ()) -> None:
         self.path, self.header = path, header
+        self.access = MAPPED  # how its rows are read
         self._stores = stores
         self.rows: int = header.plan["rows"]
         self.chunk_rows: int = header.plan["chunk_rows"]
         self.shards: int = header.plan["shards"]
         self.dtype: torch.dtype = getattr(torch, header.plan["dtype"])
+
+    def through(self, access: Access) -> Self:
+        """The same rows, read in another way by whoever reads them through `access`."""
+        other = copy.copy(self)
+        other.access, other._stores = access, [store.through(access) for store in self._stores]
+        return other
 
     def __repr__(self) -> str:
         sources = ", ".join(f"{name} ({one.width})" for name, one in self.header.sources.items())
@@ -71,8 +79,11 @@ class View(ABC):
         """The numbers of a shard's rows."""
 
     @abstractmethod
-    def activations(self, source: str) -> Shards:
-        """The rows of a source as they were stored, open to be read; layout.floats makes numbers of them."""
+    def activations(self, source: str, access: Access = MAPPED) -> Shards:
+        """The rows of a source as they were stored, open to be read; layout.floats makes numbers of them.
+
+        What is packed is decoded, whatever `access.io` says.
+        """
 
     @abstractmethod
     def map(self, name: str, index: int = 0) -> np.ndarray:

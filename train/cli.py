@@ -15,7 +15,7 @@ from shared.view import View
 from train import measure as measuring
 from train import method as method_files
 from train import parallel, report
-from train.config import LogConfig, TrainConfig
+from train.config import LogConfig, ReadConfig, TrainConfig
 from train.dictionary import Dictionary
 from train.fit import Run, Sweep, fit, resume_sweep, sweep
 from train.fit import resume as going_on
@@ -232,7 +232,7 @@ def measure(
     _require_same_sites(folder, store, dictionary)
     trained = _own_config(folder)
     most = rows or (trained.log if trained else LogConfig()).measure_rows
-    kept = trained.rows if trained else None
+    kept, store = trained.rows if trained else None, store.through((trained.read if trained else ReadConfig()).access)
     if kept and len(store.stores) == 1:
         kept = kept.model_copy(update={"weights": None})  # which are shares of several
     figures = measuring.measure(dictionary, store, most, kept, as_json)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator
 
 from shared.config import Config
+from shared.reading import IO, Access
 from train import method as methods
 from train.dictionary import Norm
 from train.filter import RowsConfig
@@ -23,6 +24,17 @@ class WiringConfig(Config):
     exclusive: int | float | dict[str, int | float] = 0.05  # dedicated: latents (integer) or share per source
     norm: Norm = "sum"  # the decoder norm that weights sparsity and selection: sum, joint, mean, none
     decoder_norm: float | None = Field(None, gt=0)  # length of fresh decoder vectors; none: 0.4, or 1 for one source
+
+
+class ReadConfig(Config):
+    """How the rows of the store are read; what comes out is the same."""
+
+    io: IO = "map"  # map: memory maps; pread: large reads, for network disks; a packed store is decoded either way
+    resident: Literal["auto", "never"] = "auto"  # auto: rows stay on the GPU or in memory, if half of it is room enough
+
+    @property
+    def access(self) -> Access:
+        return Access(self.io)
 
 
 class ScaleConfig(Config):
@@ -62,6 +74,7 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63)  # of the weights; rows.seed is that of the order
     dead_rows: int = Field(10_000_000, ge=1)  # a latent is dead that has not fired for so many rows
     rows: RowsConfig = RowsConfig()
+    read: ReadConfig = ReadConfig()
     scale: ScaleConfig = ScaleConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     log: LogConfig = LogConfig()

@@ -5,11 +5,13 @@ Letters: B rows of a batch, D width of a source.
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -32,7 +34,30 @@ class Rows:
     rows_B: torch.Tensor
 
 
-class _Slot:
+class Feed(ABC):
+    """The batches of some steps, in their order. Used as a context manager, or closed by close().
+
+    `waited_s` is how long the consumer waited, `rows_served` and `bytes_served` what it got, in bytes of the store.
+    """
+
+    def __init__(self) -> None:
+        self.waited_s, self.rows_served, self.bytes_served = 0.0, 0, 0
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Rows]: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything but the batches that were handed out. Twice is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Slot:
     """The buffers of one batch: `x` in the store's type, a piece of it at a time, and the floats made of them.
 
     With CUDA a piece is the whole batch, pinned, and `read` says when the device has read it. On the CPU it is as much
@@ -44,22 +69,36 @@ class _Slot:
         reuse: bool,
     ) -> None:  # fmt: skip
         cuda = device.type == "cuda"
+        self._device = device
         self.piece = batch if cuda else min(batch, max(1, PIECE_BYTES // (dtype.itemsize * max(stored.values()))))
         self.x = {name: torch.empty(self.piece, width, dtype=dtype, pin_memory=cuda) for name, width in stored.items()}
         self.arrays = {name: layout.stored(x_BD) for name, x_BD in self.x.items()}
         self.read = torch.cuda.Event(blocking=True) if cuda else None
         self.floats = {name: torch.empty(batch, width) for name, width in widths.items()} if reuse and not cuda else {}
 
+    def sent(self) -> None:
+        """What copies from `x` has been queued on the device."""
+        if self.read is not None:
+            self.read.record(torch.cuda.current_stream(self._device))
 
-class Loader:
+    def wait(self) -> None:
+        """Wait until the device has read `x`."""
+        if self.read is not None:
+            self.read.synchronize()
+
+
+class Loader(Feed):
     """The batches of `steps`, in their order, whatever the number of threads.
 
         order -> rows_B -> slot (16 bits, reused) -> copy stream -> device (-> float32 of train.sources) -> Rows
         |------------------- threads, at most `slots` batches ahead ------------------------------------|
 
-    Used as a context manager, or closed by close(). An error in a thread ends the iteration with its own traceback.
-    `waited_s` is how long the consumer waited; `bytes_served` counts what was read from the store. With `reuse` a batch
-    holds until the next one is asked for: fresh memory for each takes a CPU longer than its rows.
+    An error in a thread ends the iteration with its own traceback. With `reuse` a batch holds until the next one is
+    asked for: fresh memory for each takes a CPU longer than its rows.
+
+    Of the store's rows there are in memory, whatever its size, at most two windows of the order and the blocks of the
+    batches under way: the window that is open, what has come of the next, and what is left of the last. All of them
+    stay there where `store.access` says so, or a window is the whole store.
     """
 
     def __init__(
@@ -67,19 +106,21 @@ class Loader:
         threads: int = 1, slots: int = SLOTS, rank: int = 0, world: int = 1, reuse: bool = False,
     ) -> None:  # fmt: skip
         assert batch > 0 and threads > 0 and slots > 0 and len(order.kept_N) == store.rows
+        super().__init__()
         self.order, self.batch, self.device, self.rank, self.world = order, batch, device, rank, world
-        self.waited_s, self.rows_served, self.bytes_served = 0.0, 0, 0
+        stays = store.access.stays or order.window_blocks == order.blocks
         self._sources = Sources(store, sources)
-        self._reader = Reader(store, self._sources.stored)
+        self._reader = Reader(store.through(replace(store.access, stays=stays)), self._sources.stored)
         self._row_bytes = store.dtype.itemsize * sum(self._reader.widths.values())
+        self._behind = (slots - 1) * world * batch  # rows of the stream that may still be loaded when a batch begins
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._drawing = threading.Lock()
         self._asked = self._passed = -1  # how far in the line of blocks; none yet
         self._steps = iter(steps)
-        self._flying: deque[tuple[Future[Rows], _Slot]] = deque()
+        self._flying: deque[tuple[Future[Rows], Slot]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="granary-loader")
         for _ in range(min(slots, len(steps))):
-            self._launch(_Slot(self._reader.widths, self._sources.widths, store.dtype, batch, device, reuse))
+            self._launch(Slot(self._reader.widths, self._sources.widths, store.dtype, batch, device, reuse))
 
     def __iter__(self) -> Iterator[Rows]:
         while self._flying:
@@ -91,26 +132,20 @@ class Loader:
                 self._launch(slot)
 
     def close(self) -> None:
-        """Stop and join the threads, and drop the maps. Batches that were handed out hold."""
+        """Stop and join the threads, and drop the maps."""
         self._flying.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     # --- in the consumer's thread -------------------------------------------------------------------------------
 
-    def _launch(self, slot: _Slot) -> None:
+    def _launch(self, slot: Slot) -> None:
         """Have the next step, if there is one, loaded into this slot."""
         step = next(self._steps, None)
         if step is not None:
             self._flying.append((self._pool.submit(self._load, step, slot), slot))
 
-    def _next(self) -> tuple[Rows, _Slot]:
+    def _next(self) -> tuple[Rows, Slot]:
         future, slot = self._flying.popleft()
         rows = self._wait(future)
         self._hand_over(rows, slot)
@@ -128,7 +163,7 @@ class Loader:
         finally:
             self.waited_s += time.perf_counter() - began
 
-    def _hand_over(self, rows: Rows, slot: _Slot) -> None:
+    def _hand_over(self, rows: Rows, slot: Slot) -> None:
         """Let the consumer's stream wait for the copy, and the copy stream's memory for the consumer's work."""
         if slot.read is None:
             return
@@ -139,9 +174,8 @@ class Loader:
 
     # --- in the threads -----------------------------------------------------------------------------------------
 
-    def _load(self, step: int, slot: _Slot) -> Rows:
-        if slot.read is not None:
-            slot.read.synchronize()
+    def _load(self, step: int, slot: Slot) -> Rows:
+        slot.wait()
         with self._drawing:  # else several threads would permute the same window at once
             rows_B = self.order.step(step, self.batch, self.rank, self.world)
             coming, passed = self._reach((step * self.world + self.rank) * self.batch)
@@ -167,21 +201,20 @@ class Loader:
         order, window = self.order, self.order.window_blocks
         if self._asked < 0:
             self._asked = self._passed = order.opened(position)
-        elif window == order.blocks:  # everything stays
+        elif window == order.blocks:  # everything is there already, and stays
             return range(0), range(0)
         asked, passed = self._asked, self._passed
         self._asked = max(asked, order.front(position + self.batch - 1) + window)
-        self._passed = max(passed, order.front(position) - window)
+        self._passed = max(passed, order.front(max(position - self._behind, 0)) - window)
         return range(asked, self._asked), range(passed, self._passed)
 
-    def _send(self, slot: _Slot, x: dict[str, torch.Tensor]) -> None:
+    def _send(self, slot: Slot, x: dict[str, torch.Tensor]) -> None:
         """Copy a piece to the device and make floats of it there, so that half the bytes travel."""
         rows = len(next(iter(x.values())))
         for name in self._sources.stored:
             stored_BD = slot.x[name][:rows].to(self.device, non_blocking=self._stream is not None)
             self._sources.put(name, stored_BD, x)
-        if slot.read is not None:
-            slot.read.record()
+        slot.sent()
 
     def _copying(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

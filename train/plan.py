@@ -109,7 +109,9 @@ def shared(run: Ready, begun: int) -> dict[str, Any]:
     """What runs of a pass have in common."""
     asked = run.config
     rows = {f"rows.{key}": value for key, value in asked.rows.model_dump(mode="json").items()}
-    return {"batch": asked.batch, **rows, "device": str(run.device), "threads": asked.threads, "first step": begun}
+    read = {f"read.{key}": value for key, value in asked.read.model_dump(mode="json").items()}
+    alone = {"device": str(run.device), "threads": asked.threads, "first step": begun}
+    return {"batch": asked.batch, **rows, **read, **alone}
 
 
 def _fitting(group: Sequence[int], runs: Sequence[Ready], found: Sequence[Cost], memory: int | None) -> list[list[int]]:

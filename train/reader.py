@@ -11,7 +11,7 @@ import numpy as np
 
 from shared import layout
 from shared.errors import StoreDamagedError, StoreError
-from shared.shard import THREADS, Piece
+from shared.reading import Piece
 from shared.view import View
 
 CHECKED = 4096  # rows at once in a search
@@ -19,9 +19,14 @@ SPARE_FILES = 256  # descriptors left to the rest of the process
 
 
 class Reader:
-    """Rows of some sources of a store: from memory maps that threads of its own fill, or chunks they decode, ahead.
+    """Rows of some sources of a store, from what threads of its own fetch ahead.
 
-    Safe to use from several threads.
+    map    raw shards are memory maps, whose pages are filled; the kernel keeps and drops them
+    pread  raw shards are read into memory of its own, in pieces of 256 KiB or more and up to 4 MiB at once
+    A packed store is decoded into memory of its own either way.
+
+    In memory is what was asked for and not forgotten, and where it is to stay nothing is forgotten. Safe to use from
+    several threads.
 
     Stored values are served as they lie on the disk (`dtype`; numbers by layout.floats): multiply by
     `store.factor(source)` for the model's own units.
@@ -32,13 +37,14 @@ class Reader:
         self.widths = {name: store.source(name).width for name in sources}
         self.dtype = np.dtype(layout.DTYPES[store.header.plan["dtype"]])
         _allow_files(len(self.widths) * store.shards)
-        self._sources = {name: store.activations(name) for name in self.widths}
-        self._pool = ThreadPoolExecutor(THREADS, "granary-fetch")
+        self._sources = {name: store.activations(name, store.access) for name in self.widths}
+        threads = max((source.threads for source in self._sources.values()), default=1)
+        self._pool = ThreadPoolExecutor(threads, "granary-fetch")
 
     def gather(self, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
         """Fill `out` {source: [B, width]} with these rows, which ascend: so a file is read from front to back.
 
-        Raises StoreDamagedError where a packed chunk cannot be read.
+        Raises StoreDamagedError where a file is shorter than it was, or a packed chunk cannot be read.
         """
         for name, out_BD in out.items():
             self._sources[name].take(rows_B, out_BD, self._pool)
@@ -55,7 +61,7 @@ class Reader:
     def will_need(self, starts: np.ndarray, length: int) -> None:
         """Have the `length` rows from each of `starts` fetched. Returns before they are there.
 
-        What is packed is decoded, and kept until it was forgotten as many times as it was asked for.
+        What is not mapped is kept until it was forgotten as many times as it was asked for.
         """
         for source in self._sources.values():
             source.will_need(self._pieces(starts, length), self._pool)

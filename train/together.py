@@ -15,8 +15,7 @@ from shared.device import torch_threads
 from shared.errors import DivergenceError, GranaryError, Stopped, deferred_stop
 from shared.log import Log, bar
 from shared.view import View
-from train import measure, parallel, prepare, report, run
-from train.loader import Loader
+from train import measure, parallel, prepare, report, resident, run
 from train.order import companions
 from train.prepare import Ready
 from train.reader import require_finite
@@ -58,13 +57,17 @@ class Member:
         self._training.resume()
         if parallel.rank() == 0:
             log.attach(self.folder / report.METRICS)
+
+    def announce(self, resident: str) -> None:
+        """Say that it begins, or goes on, and where its rows stay meanwhile."""
+        log, step, order = self.training.log, self.training.trainer.step, self.ready.order
         if self._goes_on:
-            told = f"going on with {self.folder} at step {trainer.step:,} of {self.config.steps:,}"
-            log.event("resume", told, step=trainer.step)
+            told = f"going on with {self.folder} at step {step:,} of {self.config.steps:,}"
+            log.event("resume", told, step=step, resident=resident)
         else:
-            order = self.ready.order
             mixing = companions(self.config.batch, order.block_rows, order.window_rows)
-            log.event("start", self._opening(), dropped=self.ready.dropped, kept=order.kept, companions=mixing)
+            kept = {"dropped": self.ready.dropped, "kept": order.kept, "companions": mixing}
+            log.event("start", self._opening(), **kept, resident=resident)
 
     def update(self, x: Mapping[str, Tensor], **told: Any) -> None:
         """One step on the rows of its own sources."""
@@ -132,18 +135,22 @@ def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> N
     `place` is what a user who stopped them gives to `train resume`. Under torchrun the first rank alone logs, keeps
     checkpoints and measures.
     """
-    quiet = quiet or parallel.rank() > 0
-    scales: dict[str, Scale] = {}
+    quiet, first = quiet or parallel.rank() > 0, members[0].config
+    store, scales = store.through(first.read.access), dict[str, Scale]()
     with ExitStack() as stack:
-        stack.enter_context(torch_threads(members[0].config.threads))
+        stack.enter_context(torch_threads(first.threads))
         console = stack.enter_context(Log(quiet=quiet))
         for one in members:
             with one.minded():
                 stack.enter_context(run.held(one.folder))
                 one.begin(store, stack.enter_context(Log(quiet=quiet)), scales)
         try:
+            if running := [one for one in members if one.runs]:
+                where = _place(store, running)
+                for one in running:
+                    one.announce(where)
             while running := [one for one in members if one.runs]:  # a stop may be one that its handler does not mind
-                _steps(store, running, quiet)
+                _steps(store, running, where, quiet)
             whole = [one for one in members if one.error is None]
             parallel.first(lambda: _finish(store, whole, quiet))
         except (Stopped, KeyboardInterrupt):
@@ -157,26 +164,28 @@ def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> N
                 one.release()
 
 
-def _steps(store: View, running: list[Member], quiet: bool) -> None:
+def _sources(running: Sequence[Member]) -> list[str]:
+    return list(dict.fromkeys(name for one in running for name in one.ready.sources))
+
+
+def _place(store: View, running: Sequence[Member]) -> resident.Where:
+    """Where the rows of these runs stay, of all ranks alike."""
+    ready = running[0].ready
+    if ready.config.read.resident == "never":
+        return "no"
+    rows = max(one.config.steps for one in running) * ready.config.batch
+    return parallel.first(lambda: resident.place(store, _sources(running), ready.order, ready.device, rows))
+
+
+def _steps(store: View, running: list[Member], where: resident.Where, quiet: bool) -> None:
     """All steps that are left, or until a signal comes."""
     ready, done = running[0].ready, running[0].training.trainer.step
     assert all(one.training.trainer.step == done for one in running)
     steps, started = range(done, max(one.config.steps for one in running)), time.monotonic()
-    sources = list(dict.fromkeys(name for one in running for name in one.ready.sources))
-    stops = False
+    batch, ranks, stops = parallel.share(ready.config.batch), (parallel.rank(), parallel.world()), False
     with (
+        resident.feed(where, store, _sources(running), ready.order, batch, steps, ready.device, *ranks) as loader,
         deferred_stop() as stopping,
-        Loader(
-            store,
-            sources,
-            ready.order,
-            parallel.share(ready.config.batch),
-            steps,
-            ready.device,
-            reuse=True,
-            rank=parallel.rank(),
-            world=parallel.world(),
-        ) as loader,
         bar("training", "steps", steps.stop, quiet=quiet, done=done) as progress,
     ):
         for rows in loader:

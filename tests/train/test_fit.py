@@ -18,6 +18,7 @@ from shared import layout
 from shared.codec import CODECS, Packing
 from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, TrainingError, WiringError, one_line
 from shared.mixture import open_mixture
+from shared.reading import MappedShards
 from shared.store import Store
 from tests import cases
 from tests.build import make_store
@@ -77,6 +78,27 @@ def test_a_run_on_a_packed_store_equals_the_run_on_the_original_to_the_bit(
     timed = {"time", "rows_s", "waited_s", "message"}
     records = [[{k: v for k, v in one.items() if k not in timed} for one in events(r.folder)] for r in (run, again)]
     assert records[0] == records[1]
+
+
+def test_a_run_that_reads_without_maps_is_the_same_to_the_bit(
+    run: Run, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MappedShards, "_map", lambda *_: pytest.fail("rows were mapped"))
+    again = fit(store, {**ASKED, "read": {"io": "pread"}}, tmp_path / "run", quiet=True)
+    assert weights(again.folder) == weights(run.folder)
+    assert (again.folder / "measure.json").read_bytes() == (run.folder / "measure.json").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["device", "memory", "no"])
+def test_wherever_the_rows_of_a_run_stay_it_is_the_same_to_the_bit_and_its_log_says_where(
+    run: Run, store: Store, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.resident.place", lambda *_: where)
+    again = fit(store, ASKED, tmp_path / "run", quiet=True)
+    assert weights(again.folder) == weights(run.folder)
+    assert events(again.folder)[0]["resident"] == where
+    never = fit(store, {**ASKED, "read": {"resident": "never"}}, tmp_path / "never", quiet=True)
+    assert events(never.folder)[0]["resident"] == "no" and weights(never.folder) == weights(run.folder)
 
 
 def test_blocks_are_those_of_the_original_and_whole_chunks_of_a_packed_store() -> None:

@@ -1,12 +1,15 @@
 """The loader serves the order's batches, whole, whatever the number of threads."""
 
+import itertools
 import shutil
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +22,13 @@ from shared.codec import CODECS, Packing
 from shared.errors import StoreDamagedError
 from shared.layout import index_bytes
 from shared.mixture import open_mixture
-from shared.shard import PackedShards
+from shared.reading import IO, Access, Pieces
+from shared.shard import PackedPieces, RawPieces
 from shared.store import Store
 from shared.view import View
 from tests.build import make_store
 from tests.device import CPU, every_device
+from tests.shards import mapped
 from train.filter import RowsConfig, kept_rows
 from train.loader import Loader, Rows
 from train.order import Order
@@ -42,12 +47,17 @@ def order(store: Store) -> Order:
     return Order(kept_rows(store).kept_N, block_rows=4, window_blocks=5, seed=0)
 
 
-@pytest.fixture(scope="module", params=CODECS)
-def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """The rows of `store`; a chunk of `a` is a block of `order`, a chunk of `b` is half of one."""
+@pytest.fixture(scope="module", params=["pread", *CODECS])
+def kept(request: pytest.FixtureRequest, store: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, IO]:
+    """The rows of `store`, and how they are read into memory: all ways but its maps.
+
+    A piece of `a` is a block of `order`, one of `b` half of one; raw, both are two blocks.
+    """
+    if request.param == "pread":
+        return store, "pread"
     path, default = tmp_path_factory.mktemp("packed") / "small.zarr", CODECS[request.param].default
     packing = Packing(request.param, default, {"a": 4, "b": 2})
-    return make_store(path, rows=ROWS, factor={"a": 4.0, "b": 0.5}, packing=packing)
+    return make_store(path, rows=ROWS, factor={"a": 4.0, "b": 0.5}, packing=packing), "map"
 
 
 def loader_threads() -> list[str]:
@@ -163,13 +173,13 @@ def test_a_run_that_starts_anywhere_equals_the_rest_of_the_whole(
 
 @given(st.integers(0, 40), st.integers(1, 60), st.integers(1, 3))
 @settings(max_examples=15, deadline=None)
-def test_a_packed_store_serves_the_same_bits_from_anywhere(
-    store: Store, packed: Store, order: Order, start: int, batch: int, threads: int
+def test_rows_that_are_kept_in_memory_are_the_same_bits_from_anywhere(
+    store: Store, kept: tuple[Store, IO], order: Order, start: int, batch: int, threads: int
 ) -> None:
-    steps, sources = range(start, start + 12), ["b", "a"]
+    steps, sources, (other, io) = range(start, start + 12), ["b", "a"], kept
     with (
         Loader(store, sources, order, batch, steps, CPU, threads) as expected,
-        Loader(packed, sources, order, batch, steps, CPU, threads) as found,
+        Loader(other.through(Access(io)), sources, order, batch, steps, CPU, threads) as found,
     ):
         assert all(equal(*pair) for pair in zip(found, expected, strict=True))
 
@@ -205,39 +215,94 @@ def test_a_mixture_of_the_parts_of_a_store_serves_the_same_bits(
         assert all(equal(*pair) for pair in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("start", "batch", "window"), [(0, 4, 5), (7, 4, 5), (13, 16, 11), (3, 9, 19), (5, 10, 26)])
-def test_a_chunk_is_decoded_once_for_every_time_that_it_comes_into_reach(
-    packed: Store, start: int, batch: int, window: int, monkeypatch: pytest.MonkeyPatch
+def test_a_piece_is_got_once_for_every_time_that_it_comes_into_reach(
+    kept: tuple[Store, IO], start: int, batch: int, window: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = Order(kept_rows(packed, RowsConfig(sources=["a"])).kept_N, block_rows=4, window_blocks=window, seed=0)
-    decoded, ahead = list[int](), list[int]()
-    decode, fetch = PackedShards._decode, PackedShards._fetch
+    store, io = kept
+    order = Order(kept_rows(store, RowsConfig(sources=["a"])).kept_N, 8 if io == "pread" else 4, window, seed=0)
+    got, alone, calls = list[int](), list[int](), itertools.count()
+    monkeypatch.setattr("shared.shard.REQUEST_BYTES", 1)  # a piece a request
+    for kind in (PackedPieces, RawPieces):
+        _spied(kind, "get", got, monkeypatch)
+        _spied(kind, "some", alone, monkeypatch)
+    gather = Reader.gather
 
-    def counted_decode(self: PackedShards, chunk: int, rows_CD: np.ndarray) -> None:
-        decoded.append(chunk)
-        decode(self, chunk, rows_CD)
+    def now_and_then_late(self: Reader, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
+        time.sleep(0.01 if next(calls) % 7 == 3 else 0)
+        gather(self, rows_B, out)
 
-    def counted_fetch(self: PackedShards, chunk: int) -> None:
-        ahead.append(chunk)
-        fetch(self, chunk)
-
-    monkeypatch.setattr(PackedShards, "_decode", counted_decode)
-    monkeypatch.setattr(PackedShards, "_fetch", counted_fetch)
-    with Loader(packed, ["a"], order, batch, range(start, start + 40), CPU) as loader:
+    monkeypatch.setattr(Reader, "gather", now_and_then_late)
+    with Loader(store.through(Access(io)), ["a"], order, batch, range(start, start + 40), CPU, threads) as loader:
         assert len(list(loader)) == 40
     asked = order.front((start + 40) * batch - 1) + order.window_blocks - order.opened(start * batch)
-    assert sorted(decoded) == sorted(ahead)
-    assert order.blocks <= len(decoded) <= (order.blocks if order.window_blocks == order.blocks else asked)
+    assert alone == []
+    assert order.blocks <= len(got) <= (order.blocks if order.window_blocks == order.blocks else asked)
 
 
-def test_damage_of_a_packed_store_surfaces_once_and_names_the_file(packed: Store, order: Order, tmp_path: Path) -> None:
-    path = shutil.copytree(packed.path, tmp_path / "x.zarr")
-    file = path / "activations/a/c/1/0"
+@pytest.fixture
+def big(tmp_path: Path) -> Iterator[Store]:
+    """201 MB of rows that nothing but their files says anything of: a plan, and no receipts."""
+    small = make_store(tmp_path / "big.zarr", rows=2, sources={"a": 2048}, documents=1)
+    plan = {**small.header.plan, "rows": 3 * 2**14, "shard_rows": 2**14, "chunk_rows": 512, "shards": 3}
+    store = Store(small.path, replace(small.header, plan=plan))
+    for shard in range(3):
+        file = store.path / f"activations/a/c/{shard}/0"
+        file.parent.mkdir(exist_ok=True)
+        np.ones((2**14, 2048), np.float16).tofile(file)
+    yield store
+    shutil.rmtree(store.path)
+
+
+def resident() -> tuple[int, int]:
+    """MiB of memory of its own that this process has, and of the pages of the store's files."""
+    own = int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+    return own // 1024, mapped("big.zarr/activations") // 1024
+
+
+@pytest.mark.parametrize("io", ["map", "pread"])
+def test_memory_holds_two_windows_of_a_store_that_is_read_twice(big: Store, io: IO) -> None:
+    order = Order(np.ones(big.rows, bool), block_rows=128, window_blocks=8, seed=0)
+    window, batch = 8 * 128 * 4096 // 2**20, 256 * 2048 * (4 + 2) // 2**20  # MiB; of a slot, with its floats
+    grown = []
+    own, of_files = resident()
+    with Loader(
+        big.through(Access(io)), ["a"], order, 256, range(2 * big.rows // 256), CPU, 2, slots=4, reuse=True
+    ) as loader:
+        for rows in loader:
+            assert (rows.x["a"] == 1).all()
+            now = resident()
+            grown.append((now[0] - own, now[1] - of_files))
+    own, of_files = np.max(grown, 0).tolist()
+    spare = 4 * batch + 12  # of four slots, and MiB of everything else
+    assert own <= spare + (2 * window if io == "pread" else 0)
+    assert of_files <= (2 * window + 20 if io == "map" else 0)  # 192 MiB are read twice; threads may be late
+    assert (of_files if io == "map" else own) > window  # it is seen at all
+
+
+def _spied(kind: type[Pieces], name: str, seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Append the first argument of every call."""
+    method = getattr(kind, name)
+
+    def spied(self: Pieces, first: int, given: Any) -> Any:
+        seen.append(first)
+        return method(self, first, given)
+
+    monkeypatch.setattr(kind, name, spied)
+
+
+def test_damage_of_what_is_read_ahead_surfaces_once_and_names_the_file(
+    kept: tuple[Store, IO], order: Order, tmp_path: Path
+) -> None:
+    store, io = Store.open(shutil.copytree(kept[0].path, tmp_path / "x.zarr")), kept[1]
+    file = store.path / "activations/a/c/1/0"
     data = np.fromfile(file, np.uint8)
     data[: -index_bytes(8)] ^= 1
-    data.tofile(file)
-    with Loader(Store.open(path), ["a", "b"], order, BATCH, range(30), CPU, threads=3) as loader:
-        with pytest.raises(StoreDamagedError, match=rf"{file}, rows \d+ to \d+: another checksum"):
+    data[: 10 if io == "pread" else None].tofile(file)
+    told = rf"shorter while it was read: {file}" if io == "pread" else rf"{file}, rows \d+ to \d+: another checksum"
+    with Loader(store.through(Access(io)), ["a", "b"], order, BATCH, range(30), CPU, threads=3) as loader:
+        with pytest.raises(StoreDamagedError, match=told):
             list(loader)
         assert list(loader) == [] and not loader_threads()
 

@@ -1,6 +1,8 @@
 """The reader equals plain indexing."""
 
 import resource
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 
 from shared.codec import Packing
 from shared.errors import StoreError
+from shared.reading import Access
 from shared.store import Store
 from tests.build import make_store
+from tests.shards import mapped
 from train.reader import Reader
 
 ROWS = 101  # 4 shards of 32 rows, the last of 5, and chunks of 8
@@ -22,14 +26,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_store(tmp_path_factory.mktemp("reader") / "small.zarr", rows=ROWS, factor={"a": 4.0})
 
 
-@pytest.fixture(scope="module", params=["raw", "zstd", "blosc", "pcodec"])
-def any_store(request: pytest.FixtureRequest, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """The rows of `store`, raw and packed by every codec."""
-    if request.param == "raw":
-        return store
+Open = Callable[[list[str]], Reader]
+
+
+@pytest.fixture(scope="module", params=["map", "pread", "zstd", "blosc", "pcodec"])
+def opened(request: pytest.FixtureRequest, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Open:
+    """A reader of the rows of `store`: raw, in both ways, and packed by every codec."""
+    if request.param in ("map", "pread"):
+        return partial(Reader, store.through(Access(request.param)))
     packing = Packing(request.param, 4, {"a": 4, "b": 2})
     path = tmp_path_factory.mktemp("packed") / "small.zarr"
-    return make_store(path, rows=ROWS, factor={"a": 4.0}, packing=packing)
+    return partial(Reader, make_store(path, rows=ROWS, factor={"a": 4.0}, packing=packing))
 
 
 def test_an_unknown_source_is_refused_with_what_there_is(store: Store) -> None:
@@ -39,8 +46,8 @@ def test_an_unknown_source_is_refused_with_what_there_is(store: Store) -> None:
 
 @given(st.lists(st.integers(0, ROWS - 1), max_size=60))
 @settings(deadline=None)
-def test_gathering_equals_plain_indexing_for_ascending_rows(store: Store, any_store: Store, rows: list[int]) -> None:
-    with Reader(any_store, ["a", "b"]) as reader:
+def test_gathering_equals_plain_indexing_for_ascending_rows(store: Store, opened: Open, rows: list[int]) -> None:
+    with opened(["a", "b"]) as reader:
         out = {name: np.full((len(rows), width), np.nan, np.float16) for name, width in reader.widths.items()}
         reader.gather(np.array(sorted(rows), np.int64), out)
     for name, x_BD in out.items():
@@ -50,9 +57,9 @@ def test_gathering_equals_plain_indexing_for_ascending_rows(store: Store, any_st
 @given(st.sets(st.integers(0, ROWS - 1)), st.integers(1, 40))
 @settings(deadline=None)
 def test_streaming_gives_the_rows_in_batches_in_file_order(
-    store: Store, any_store: Store, rows: set[int], batch: int
+    store: Store, opened: Open, rows: set[int], batch: int
 ) -> None:
-    with Reader(any_store, ["b"]) as reader:
+    with opened(["b"]) as reader:
         parts = list(reader.stream(np.array(sorted(rows), np.int64), batch))
     assert [len(rows_B) for rows_B, _ in parts[:-1]] == [batch] * (len(parts) - 1)
     assert [int(row) for rows_B, _ in parts for row in rows_B] == sorted(rows)
@@ -63,9 +70,9 @@ def test_streaming_gives_the_rows_in_batches_in_file_order(
 @given(st.lists(st.integers(0, ROWS - 1), max_size=5), st.integers(1, 90))
 @settings(deadline=None)
 def test_what_is_asked_for_and_forgotten_changes_no_value(
-    store: Store, any_store: Store, starts: list[int], length: int
+    store: Store, opened: Open, starts: list[int], length: int
 ) -> None:
-    with Reader(any_store, ["a"]) as reader:
+    with opened(["a"]) as reader:
         reader.will_need(np.array(starts, np.int64), length)
         reader.forget(np.array(starts, np.int64), length)
         out = {"a": np.empty((ROWS, 6), np.float16)}
@@ -79,19 +86,9 @@ def test_giving_back_memory_gives_it_back(tmp_path: Path) -> None:
     )
     with Reader(big, ["a"]) as reader:
         reader.gather(np.arange(4096), {"a": np.empty((4096, 1024), np.float16)})
-        assert _resident("big.zarr/activations/a") == 8 * 1024
+        assert mapped("big.zarr/activations/a") == 8 * 1024
         reader.forget(np.array([0, 2048]), 1024)
-        assert _resident("big.zarr/activations/a") <= 4 * 1024 + 64
-
-
-def _resident(name: str) -> int:
-    """KiB of the maps of files whose path holds `name` that are in this process's memory."""
-    total, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        key, *rest = line.split()
-        inside = name in line if not key.endswith(":") else inside
-        total += int(rest[0]) if inside and key == "Rss:" else 0
-    return total
+        assert mapped("big.zarr/activations/a") <= 4 * 1024 + 64
 
 
 def test_closing_twice_is_harmless(store: Store) -> None:
