@@ -78,7 +78,7 @@ def sweep(
     devices = None if gpus is None else spread.devices(gpus)
     ready = prepare.ready(opened, [one.config for one in asked])
     passes = _passes(ready, [0] * len(ready), memory, quiet) if devices is None else []
-    place = parallel.first(lambda: run.claim_sweep(folder))
+    place = parallel.first(lambda: run.claim_sweep(folder, [one.name for one in asked]))
     places = [place / one.name for one in asked]
     folders = parallel.first(lambda: [_claimed(path, opened, one) for path, one in zip(places, ready, strict=True)])
     if devices is not None:

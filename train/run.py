@@ -1,13 +1,15 @@
 """A run in its folder: what is claimed, written down, kept and found again when it goes on.
 
 config.toml  store.json  metrics.jsonl  checkpoints/  dictionary/  measure.json  report.html
+
+A sweep's folder has sweep.json, which names its runs, and a folder for each.
 """
 
 import fcntl
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from train.config import TrainConfig
 from train.sources import Sources
 from train.trainer import Trainer
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, SWEEP = "checkpoints", "sweep.json"
 
 
 def require_free(folder: str | Path | None) -> None:
@@ -53,10 +55,11 @@ def claim(folder: str | Path | None, config: TrainConfig) -> Path:
     return path
 
 
-def claim_sweep(folder: str | Path | None) -> Path:
-    """The folder of several runs; none: a new one below runs/."""
+def claim_sweep(folder: str | Path | None, names: Sequence[str]) -> Path:
+    """The folder of several runs, with the names of theirs; none: a new one below runs/."""
     path = _new("sweep") if folder is None else Path(folder)
     path.mkdir(parents=True, exist_ok=True)
+    files.write_json(path / SWEEP, {"runs": list(names)})
     return path
 
 
@@ -82,11 +85,15 @@ def begin(folder: Path, store: View, sources: list[str]) -> None:
 
 
 def folders_of(place: Path) -> list[Path]:
-    """The runs in a folder, or the one that it is itself. Raises CheckpointError where there is none."""
-    runs = [place] if (place / report.CONFIG).exists() else [one.parent for one in place.glob(f"*/{report.CONFIG}")]
-    if not runs:
+    """The runs of a sweep, or the run that stands there. Raises CheckpointError where there is neither."""
+    if (place / report.CONFIG).exists():
+        return [place]
+    if not (place / SWEEP).exists():
         raise CheckpointError("no run here", place, "Give the folder of a run, or of a sweep")
-    return sorted(runs)
+    runs = [place / name for name in files.read_json(place / SWEEP)["runs"]]
+    if not all((run / report.STORE).exists() for run in runs):
+        raise CheckpointError("this sweep was stopped before it began", place, "Remove the folder, and run it again")
+    return runs
 
 
 def config_of(folder: Path) -> TrainConfig:

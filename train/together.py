@@ -154,7 +154,7 @@ def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> N
             whole = [one for one in members if one.error is None]
             parallel.first(lambda: _finish(store, whole, quiet))
         except (Stopped, KeyboardInterrupt):
-            reached = max(one.training.trainer.step for one in members if one.error is None)
+            reached = max((one.training.trainer.step for one in members if one.error is None), default=0)
             for one in members:
                 one.stopped()
             console.event("stop", f"stopped at step {reached:,}; to go on: train resume {place}")

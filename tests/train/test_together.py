@@ -262,6 +262,15 @@ def test_what_is_wrong_with_one_run_is_refused_before_any_begins(store: Store, t
         resume_sweep(tmp_path)
 
 
+def test_a_sweep_that_was_killed_before_all_of_its_runs_had_folders_does_not_go_on_with_some(
+    store: Store, tmp_path: Path
+) -> None:
+    found = sweep(store, {**BASE, "steps": 1, "sweep": {"grid": {"seed": [0, 1]}}}, tmp_path / "runs", quiet=True)
+    (found.runs[1].folder / "store.json").unlink()
+    with pytest.raises(CheckpointError, match="this sweep was stopped before it began"):
+        resume_sweep(found.folder)
+
+
 def test_a_list_of_configs_is_a_sweep_too(store: Store, tmp_path: Path) -> None:
     found = sweep(store, [{**BASE, "steps": 1}, {**BASE, "steps": 2}], tmp_path / "runs", quiet=True)
     assert [one.folder.name for one in found.runs] == ["0-topk", "1-topk"]
