@@ -14,7 +14,7 @@ from shared.family import open_family
 from shared.view import View
 from train import measure as measuring
 from train import method as method_files
-from train import report
+from train import report, trackers
 from train.config import LogConfig, TrainConfig
 from train.dictionary import Dictionary
 from train.fit import Run, fit
@@ -70,6 +70,7 @@ def run(
     }  # fmt: skip
     data = configs.read_toml(config_file) if config_file else {}
     asked = configs.parse(TrainConfig, configs.override(data, [*(settings or []), *configs.settings(flags)]))
+    trackers.require(asked.log)  # before a store at a URL is copied
     folder = None if out is None else remote.local(out, "A run is written to a folder (--out)")
     _tell(fit(_opened(cache, below, as_json), asked, folder), cache, as_json)
 

@@ -13,7 +13,7 @@ from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, def
 from shared.family import open_family
 from shared.log import Log, bar
 from shared.view import View
-from train import checkpoint, dictionary, measure, report, run, scale, wiring
+from train import checkpoint, dictionary, measure, report, run, scale, trackers, wiring
 from train.config import TrainConfig
 from train.filter import Kept, kept_rows, require_rows
 from train.loader import Loader
@@ -37,7 +37,8 @@ def fit(
     """Train one dictionary on a store, or on that at a path. `config` is a TrainConfig or its tables as a mapping.
 
     The folder (none: a new one below runs/) gets config.toml, store.json, metrics.jsonl, checkpoints/, dictionary/,
-    measure.json and report.html. Raises ConfigError, WiringError, StoreError, TrainingError or CheckpointError.
+    measure.json, report.html and what the trackers of `log` write. Raises ConfigError, WiringError, StoreError,
+    TrainingError or CheckpointError.
     """
     asked = configs.parse(TrainConfig, config) if isinstance(config, Mapping) else config
     opened = open_family(store) if isinstance(store, str | Path) else store
@@ -88,6 +89,11 @@ def resume(folder: str | Path, store: View | str | Path | None = None, quiet: bo
 
 def _finish(store: View, made: "Made", training: run.Training) -> Run:
     """Train to the end, measure and report."""
+    with training.trackers.opened(made.trainer.step):
+        return _to_the_end(store, made, training)
+
+
+def _to_the_end(store: View, made: "Made", training: run.Training) -> Run:
     log, path, asked = training.log, training.folder, made.config
     try:
         while not training.finished:  # a stop may be one that its handler does not mind
@@ -97,6 +103,7 @@ def _finish(store: View, made: "Made", training: run.Training) -> Run:
         figures = measure.measure(trained, store, asked.log.measure_rows, asked.rows, log.quiet)
         files.write_json(path / report.MEASURE, figures)
         log.event("measure", figures=figures)
+        training.trackers.finish(made.trainer.step, figures)
         report.write(path)
     except (Stopped, KeyboardInterrupt):
         step = made.trainer.step
@@ -121,6 +128,7 @@ def prepare(store: View, config: TrainConfig, fresh: bool = True) -> Made:
 
     Where not `fresh`, scale and weights are left for a checkpoint to fill.
     """
+    trackers.require(config.log)
     sources = config.wiring.sources or list(store.header.sources)
     widths = {name: store.source(name).width for name in sources}
     if len(widths) < len(sources):

@@ -1,6 +1,7 @@
 """A run in its folder: what is claimed, written down, kept and found again when it goes on.
 
 config.toml  store.json  metrics.jsonl  checkpoints/  dictionary/  measure.json  report.html
+and, where they are asked for (train.trackers), tensorboard/  wandb/  wandb.json
 """
 
 import fcntl
@@ -21,6 +22,7 @@ from shared.log import Log
 from shared.view import View
 from train import checkpoint, report
 from train.config import TrainConfig
+from train.trackers import Trackers
 from train.trainer import Trainer
 
 CHECKPOINTS = "checkpoints"
@@ -82,6 +84,7 @@ class Training:
 
     def __init__(self, folder: Path, config: TrainConfig, trainer: Trainer, store: View, log: Log) -> None:
         self.folder, self.config, self.trainer, self.log = folder, config, trainer, log
+        self.trackers = Trackers(folder, config, log)
         self._store = store
         self._identity = {"store": store.header.id, "seals": store.seals, "config": config.model_dump(mode="json")}
         self._kept = -1  # the step of the last checkpoint
@@ -108,6 +111,7 @@ class Training:
         values = _finite(record, step)
         if logs:
             self.log.event("step", step=step, **values, **told)
+            self.trackers.step(step, values | told)
         if saves:
             self.keep()
         return values if logs else None
