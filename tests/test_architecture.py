@@ -97,6 +97,7 @@ MODULES: dict[str, dict[str, str]] = {
         "checkpoint": "the state of a run on disk, whole or absent",
         "measure": "the figures, with their formulas, over all rows at once",
         "report": "a run's folder -> one page",
+        "trackers": "TensorBoard and W&B: views of metrics.jsonl",
         "run": "a run in its folder: claimed, logged, kept, found again",
         "prepare": "a config and a store -> a trainer that can begin; refuses what is wrong",
         "sweep": "the table [sweep] -> the configs of its runs",
@@ -135,17 +136,17 @@ HOMES: dict[str, tuple[str, ...]] = {
     "typer": ("harvest/console.py", "harvest/upkeep.py", "harvest/cli.py", "train/cli.py"),
     "matplotlib": ("train/report.py",),
     "tokenizers": (),
-    "wandb": (),
-    "tensorboard": (),
+    "wandb": ("train/trackers.py",),
+    "tensorboard": ("train/trackers.py",),
 }
 
 COMPUTED_IMPORTS = ("shared/models.py", "train/method.py")  # a package with a GGUF file; a method by its file name
 
 HEAVY = (
     "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "dask", "distributed",
-    "typer", "matplotlib", "obstore",
+    "typer", "matplotlib", "obstore", "tensorboard", "wandb",
 )  # fmt: skip
-STAGE_1_ONLY = tuple(name for name in HEAVY if name not in ("typer", "matplotlib", "obstore"))
+STAGE_1_ONLY = tuple(name for name in HEAVY if name not in ("typer", "matplotlib", "obstore", "tensorboard", "wandb"))
 
 FILE_LINES, FUNCTION_LINES, COMPLEXITY = 400, 60, 12
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -14,7 +14,7 @@ from shared.mixture import open_mixture
 from shared.view import View
 from train import measure as measuring
 from train import method as method_files
-from train import parallel, report
+from train import parallel, report, trackers
 from train.config import LogConfig, ReadConfig, TrainConfig
 from train.dictionary import Dictionary
 from train.fit import Run, Sweep, fit, resume_sweep, sweep
@@ -92,6 +92,8 @@ def run(
          "steps": steps, "batch": batch, "seed": seed, "device": device, "threads": threads},
     )  # fmt: skip
     folder = None if out is None else remote.local(out, "A run is written to a folder (--out)")
+    for one in expand(asked):  # before a store at a URL is copied
+        trackers.require(one.config.log)
     with parallel.joined(str(asked.get("device", "auto"))):
         store = _opened(caches, below, as_json)
         if TABLE in asked or gpus is not None:

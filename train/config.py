@@ -62,6 +62,8 @@ class LogConfig(Config):
     checkpoint: int = Field(1000, ge=1)  # steps between checkpoints
     keep: int = Field(2, ge=1)  # checkpoints that stay
     measure_rows: int = Field(131_072, ge=1)  # rows of each split that the final measure reads at most
+    tensorboard: bool = False  # show what metrics.jsonl has in TensorBoard, too: files in tensorboard/ of the run
+    wandb: str | None = Field(None, pattern=r"^[^/\\#?%:]{1,128}$")  # W&B project to show it in (WANDB_ENTITY: whose)
 
 
 class TrainConfig(Config):

@@ -51,7 +51,8 @@ def fit(store: Place | Sequence[Place], config: Config, folder: str | Path | Non
     `config` is a TrainConfig or its tables as a mapping.
 
     The folder (none: a new one below runs/) gets config.toml, store.json, metrics.jsonl, checkpoints/, dictionary/,
-    measure.json and report.html. Raises ConfigError, WiringError, StoreError, TrainingError or CheckpointError.
+    measure.json, report.html and what the trackers of `log` write. Raises ConfigError, WiringError, StoreError,
+    TrainingError or CheckpointError.
     """
     asked, opened = _parsed(config), open_mixture(store)
     parallel.first(lambda: run.require_free(folder))

@@ -11,7 +11,7 @@ from shared import layout
 from shared.device import device_of
 from shared.errors import ConfigError
 from shared.view import View
-from train import dictionary, measure, parallel, scale, wiring
+from train import dictionary, measure, parallel, scale, trackers, wiring
 from train.config import TrainConfig
 from train.filter import Kept, kept_rows, require_rows
 from train.order import Order, default_window_blocks
@@ -51,6 +51,7 @@ def ready(store: View, asked: Sequence[TrainConfig]) -> list[Ready]:
 
 
 def _ready(store: View, asked: TrainConfig, kept: dict[str, Kept], orders: dict[tuple[str, int], Order]) -> Ready:
+    trackers.require(asked.log)
     wires = _wiring(store, asked)
     if asked.method.settled() > asked.steps:
         value = f"{asked.method.settled()} > {asked.steps}"

@@ -1,6 +1,7 @@
 """A run in its folder: what is claimed, written down, kept and found again when it goes on.
 
 config.toml  store.json  metrics.jsonl  checkpoints/  dictionary/  measure.json  report.html
+and, where they are asked for (train.trackers), tensorboard/  wandb/  wandb.json
 
 A sweep's folder has sweep.json, which names its runs, and a folder for each.
 """
@@ -26,6 +27,7 @@ from shared.view import View
 from train import checkpoint, parallel, report
 from train.config import TrainConfig
 from train.sources import Sources
+from train.trackers import Trackers
 from train.trainer import Trainer
 
 CHECKPOINTS, SWEEP = "checkpoints", "sweep.json"
@@ -164,6 +166,7 @@ class Training:
 
     def __init__(self, folder: Path, config: TrainConfig, trainer: Trainer, store: View, log: Log) -> None:
         self.folder, self.config, self.trainer, self.log = folder, config, trainer, log
+        self.trackers = Trackers(folder, config, log)
         self.store = store
         self._identity = {"store": store.header.id, "seals": store.seals, "config": config.model_dump(mode="json")}
         self._kept = -1  # the step of the last checkpoint
@@ -192,6 +195,7 @@ class Training:
         values = _finite(record, step)
         if logs:
             self.log.event("step", step=step, **values, **told)
+            self.trackers.step(step, values | told)
         if saves:
             self.keep()
         return values if logs else None

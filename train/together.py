@@ -35,6 +35,7 @@ class Member:
         self.shown: Mapping[str, float] = {}  # the latest figures
         self._goes_on = goes_on
         self._training: run.Training | None = None
+        self._opened = ExitStack()  # what `end` closes
 
     @property
     def training(self) -> run.Training:
@@ -57,6 +58,7 @@ class Member:
         self._training.resume()
         if parallel.rank() == 0:
             log.attach(self.folder / report.METRICS)
+            self._opened.enter_context(self._training.trackers.opened(trainer.step))
 
     def announce(self, resident: str) -> None:
         """Say that it begins, or goes on, and where its rows stay meanwhile."""
@@ -97,7 +99,13 @@ class Member:
             if self._training is not None:
                 step = self._training.trainer.step
                 self._training.log.event("failed", f"{self.folder} failed at step {step:,}", error=str(error))
+            self.end(type(error), error, error.__traceback__)
             self.release()
+
+    def end(self, *exc: Any) -> bool:
+        """Close what was opened for it, and say whether it was an error that ended it; twice is harmless."""
+        self._opened.__exit__(*exc)
+        return False
 
     def keep(self) -> None:
         """Write a checkpoint of what it is now."""
@@ -112,6 +120,7 @@ class Member:
         """Write down the figures, and report."""
         files.write_json(self.folder / report.MEASURE, figures)
         self.training.log.event("measure", figures=figures)
+        self.training.trackers.finish(self.training.trainer.step, figures)
         report.write(self.folder)
 
     def release(self) -> None:
@@ -143,7 +152,9 @@ def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> N
         for one in members:
             with one.minded():
                 stack.enter_context(run.held(one.folder))
-                one.begin(store, stack.enter_context(Log(quiet=quiet)), scales)
+                log = stack.enter_context(Log(quiet=quiet))
+                stack.push(one.end)
+                one.begin(store, log, scales)
         try:
             if running := [one for one in members if one.runs]:
                 where = _place(store, running)
