@@ -106,7 +106,7 @@ class _Joined(Shards):
 
     def __init__(self, parts: Sequence[Shards], starts: Sequence[int]) -> None:
         self._parts = [(part, *edges) for part, edges in zip(parts, pairwise(starts), strict=True)]
-        self.threads = max(part.threads for part in parts)
+        self.threads, self.owns = max(part.threads for part in parts), any(part.owns for part in parts)
 
     def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
         for part, start, stop in self._parts:

@@ -1,10 +1,9 @@
-"""The rows of one source from its shard files: from memory maps, or in pieces that are kept in memory.
+"""The rows of one source from its shard files: how they are asked for, and pieces that are kept in memory.
 
 Letters: S rows of a shard, C rows of a piece, X pieces of the store, B rows that are asked for, D width of the source.
 """
 
 import ctypes
-import errno
 import math
 import mmap
 import os
@@ -28,9 +27,6 @@ THREADS = len(os.sched_getaffinity(0)) if LINUX else os.cpu_count() or 1  # enco
 MOST_VIEWS = os.sysconf("SC_IOV_MAX")  # that one preadv fills
 NO_RESERVE = 0x4000 if LINUX else 0  # MAP_NORESERVE: asking for space that is never written is not refused
 
-POPULATE_READ = 22  # MADV_POPULATE_READ, which the mmap module has no name for
-
-FOLIO, FAULT_AROUND = 2**21, 2**16  # bytes that Linux maps at most where one page of them was to be mapped
 
 IO = Literal["map", "pread"]
 Piece = tuple[int, int]  # rows [start, stop)
@@ -89,6 +85,7 @@ class Shards(ABC):
     """The rows of a source. Files are opened when they are first needed. Safe to use from several threads."""
 
     threads: int = THREADS  # of an executor that serves it well
+    owns: bool = False  # whether rows lie in memory of the process's own, which the system cannot take back
 
     @abstractmethod
     def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
@@ -106,101 +103,7 @@ class Shards(ABC):
         """Give back the memory of rows that were asked for, unless it is to stay."""
 
 
-# --- memory maps -----------------------------------------------------------------------------------------------------
-
-
-class MappedShards(Shards):
-    """Memory maps; the kernel fetches and forgets.
-
-    Pages that were asked for are in the map before their rows are taken, as a rule: so a page that is lost (the file is
-    shorter than it was) is an error and not the end of the process, and no row waits for a page fault.
-
-    Of the pages that were fetched those stay in the map that hold pieces which were asked for and not forgotten. The
-    kernel maps more, whole folios of up to 2 MiB (from Linux 6.18 on, in small pages, too): they are let go at once.
-    """
-
-    def __init__(self, found: Files, grid: Grid, stays: bool) -> None:
-        self._files, self._grid, self._stays = found, grid, stays
-        self._around = -(-(FOLIO + FAULT_AROUND) // grid.row_bytes)  # rows that may have been mapped beside others
-        self._asked_X = np.zeros(grid.pieces(0, found.rows).stop, np.int32)  # will_need less forget
-        self._lock = threading.Lock()
-        self._maps: dict[int, np.ndarray] = {}
-        self._lost: StoreDamagedError | None = None
-
-    def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
-        if self._lost is not None:
-            raise self._lost
-        size, start = self._grid.shard_rows, 0
-        while start < len(rows_B):
-            shard = int(rows_B[start]) // size
-            stop = int(rows_B.searchsorted((shard + 1) * size))
-            # The default mode, "raise", gathers into a temporary array first.
-            self._map(shard).take(rows_B[start:stop] - shard * size, axis=0, out=out_BD[start:stop], mode="clip")
-            start = stop
-
-    def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:
-        with self._lock:
-            for start, stop in pieces:
-                self._asked_X[self._grid.slice(start, stop)] += 1
-        if pieces:
-            pool.submit(self._fetch, pieces)
-
-    def _fetch(self, pieces: Sequence[Piece]) -> None:
-        for start, stop in pieces:
-            for shard, rows_ND in self._parts(start, stop):
-                if not _fetched(rows_ND):
-                    self._lost = _shorter(self._files.path(shard))
-            self._unmap(start, stop)
-
-    def forget(self, pieces: Sequence[Piece]) -> None:
-        for start, stop in pieces:
-            with self._lock:
-                asked_X = self._asked_X[self._grid.slice(start, stop)]
-                asked_X -= asked_X > 0
-            self._unmap(start, stop)
-
-    def _unmap(self, start: int, stop: int) -> None:
-        """Let go of the pages in and around these rows that hold no piece that is asked for."""
-        if self._stays:
-            return
-        near = self._grid.pieces(max(start - self._around, 0), min(stop + self._around, self._files.rows))
-        with self._lock:  # else what is asked for meanwhile could be fetched, and then let go
-            for first, last in _runs(self._asked_X[near.start : near.stop] > 0, of=False):
-                rows = (near[first] * self._grid.piece_rows, near[last - 1] * self._grid.piece_rows)
-                for _, rows_ND in self._parts(rows[0], min(rows[1] + self._grid.piece_rows, self._files.rows)):
-                    _madvise(rows_ND, mmap.MADV_DONTNEED, inside=True)
-
-    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(shard, its mapped rows) of these rows, one for every shard that they reach into."""
-        size = self._grid.shard_rows
-        for shard in range(start // size, -(-stop // size)):
-            yield shard, self._map(shard)[max(start - shard * size, 0) : stop - shard * size]
-
-    def _map(self, shard: int) -> np.ndarray:
-        if (found := self._maps.get(shard)) is not None:
-            return found
-        return self._maps.setdefault(shard, self._new_map(shard))  # of two threads that make one, both use the first
-
-    def _new_map(self, shard: int) -> np.ndarray:
-        rows = min(self._grid.shard_rows, self._files.rows - shard * self._grid.shard_rows)
-        try:
-            mapped = np.memmap(self._files.path(shard), self._grid.dtype, "r", shape=(rows, self._grid.width))
-        except ValueError:  # it was as long as it should be when the store was opened
-            raise _shorter(self._files.path(shard)) from None
-        if LINUX and not self._stays:
-            _madvise(mapped, mmap.MADV_NOHUGEPAGE)  # a huge page is let go as a whole
-        return np.asarray(mapped)
-
-
-def _fetched(rows_ND: np.ndarray) -> bool:
-    """Read the pages of mapped rows and map them; false where one is behind the end of its file."""
-    found = _madvise(rows_ND, POPULATE_READ) if LINUX else errno.EINVAL
-    if found == errno.EINVAL:  # a kernel before 5.14: the reads are queued, and nothing is known
-        _madvise(rows_ND, mmap.MADV_WILLNEED)
-    return found != errno.EFAULT
-
-
-def _madvise(rows_ND: np.ndarray, advice: int, inside: bool = False) -> int:
+def madvise(rows_ND: np.ndarray, advice: int, inside: bool = False) -> int:
     """madvise(2) on all pages of mapped rows, or those wholly `inside` of them; 0 or errno.
 
     mmap.madvise would hold the GIL while the kernel reads.
@@ -213,7 +116,7 @@ def _madvise(rows_ND: np.ndarray, advice: int, inside: bool = False) -> int:
     return ctypes.get_errno() if _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice) else 0
 
 
-def _runs(of_B: np.ndarray, of: bool | None = None) -> Iterator[tuple[int, int]]:
+def runs(of_B: np.ndarray, of: bool | None = None) -> Iterator[tuple[int, int]]:
     """Start and stop of every run of equal values: of all, or of this one."""
     edges = [0, *(np.flatnonzero(of_B[1:] != of_B[:-1]) + 1).tolist(), len(of_B)]
     return ((start, stop) for start, stop in pairwise(edges) if start < stop and (of is None or of_B[start] == of))
@@ -248,6 +151,8 @@ class KeptShards(Shards):
     So what is in memory is what was asked for and not forgotten, whole pieces of it, and no more: of the rows that a
     Loader serves at most two windows (its docstring says what).
     """
+
+    owns = True
 
     def __init__(self, pieces: Pieces, stays: bool = False) -> None:
         self._pieces, self._grid, self._stays, self.threads = pieces, pieces.grid, stays, pieces.threads
@@ -289,7 +194,7 @@ class KeptShards(Shards):
         def once(at: np.ndarray) -> None:
             out_BD[at] = self._pieces.some(int(piece_B[at[0]]), local_B[at])
 
-        return [pool.submit(once, at[start:stop]) for start, stop in _runs(piece_B[at])]
+        return [pool.submit(once, at[start:stop]) for start, stop in runs(piece_B[at])]
 
     def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:
         for start, stop in pieces:
@@ -328,7 +233,7 @@ class KeptShards(Shards):
         """Drop those of these pieces that nobody wants. Called with the lock held, as is the next one."""
         for piece in pieces:
             if self._unwanted(piece):
-                _madvise(self._place(piece), mmap.MADV_DONTNEED)
+                madvise(self._place(piece), mmap.MADV_DONTNEED)
 
     def _unwanted(self, piece: int) -> bool:
         return self._asked_X[piece] + self._taken_X[piece] == 0 and piece not in self._pending
@@ -372,7 +277,7 @@ class File:
             with _named(self.path):
                 count = os.preadv(self._file.fileno(), views[:MOST_VIEWS], offset)
             if not count:
-                raise _shorter(self.path)
+                raise shorter(self.path)
             offset += count
             while views and count >= len(views[0]):  # a read may give less than it was asked for
                 count -= len(views.pop(0))
@@ -389,6 +294,6 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _shorter(path: Path) -> StoreDamagedError:
+def shorter(path: Path) -> StoreDamagedError:
     way_out = "See harvest verify; harvest repair makes what is damaged again"
     return StoreDamagedError("a file became shorter while it was read", path, way_out)

@@ -16,7 +16,8 @@ from shared import codec, files, layout
 from shared.codec import Codec, Packing
 from shared.errors import StoreDamagedError
 from shared.layout import crc32c, padded, raw
-from shared.reading import THREADS, Access, File, Files, Grid, KeptShards, MappedShards, Pieces, Shards
+from shared.mapped import MappedShards
+from shared.reading import THREADS, Access, File, Files, Grid, KeptShards, Pieces, Shards
 from shared.source import Source
 
 REQUESTS = 16  # of a network disk at once: their threads wait and take no core

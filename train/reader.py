@@ -36,7 +36,7 @@ class Reader:
         self.store = store
         self.widths = {name: store.source(name).width for name in sources}
         self.dtype = np.dtype(layout.DTYPES[store.header.plan["dtype"]])
-        _allow_files(len(self.widths) * store.shards)
+        _allow_files(2 * len(self.widths) * store.shards)  # a map has a descriptor of its own
         self._sources = {name: store.activations(name, store.access) for name in self.widths}
         threads = max((source.threads for source in self._sources.values()), default=1)
         self._pool = ThreadPoolExecutor(threads, "granary-fetch")

@@ -21,6 +21,7 @@ from train.sources import Sources
 
 Where = Literal["device", "memory", "no"]
 SHARE = 0.5  # of the free memory that rows may take; the rest is for what training takes, and for others
+OF_MAPS = 0.9  # of pages of maps, which the system takes back where they are in the way
 COPY_BYTES = 2**24  # of a source, on its way to the device at once
 
 
@@ -28,13 +29,15 @@ def place(store: View, sources: list[str], order: Order, device: torch.device, r
     """Where the rows of these sources can stay while a run reads `rows` of them.
 
     device  on the GPU: the kept rows take less than half of its free memory, and the run reads each of them
-    memory  on this machine: all rows take less than half of its free memory
+    memory  on this machine: all rows take less than half of its free memory, or 0.9 of it where they are mapped
     no      nowhere: two windows of them at a time are in memory
     """
-    row_bytes = store.dtype.itemsize * sum(store.source(name).width for name in Sources(store, sources).stored)
+    stored = Sources(store, sources).stored
+    row_bytes = store.dtype.itemsize * sum(store.source(name).width for name in stored)
     if device.type == "cuda" and rows >= order.kept and order.kept * row_bytes < SHARE * free_memory(device):
         return "device"
-    return "memory" if store.rows * row_bytes < SHARE * free_memory(torch.device("cpu")) else "no"
+    share = SHARE if any(store.activations(name, store.access).owns for name in stored) else OF_MAPS
+    return "memory" if store.rows * row_bytes < share * free_memory(torch.device("cpu")) else "no"
 
 
 def feed(

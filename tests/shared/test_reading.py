@@ -16,7 +16,7 @@ from shared import codec
 from shared.errors import StoreDamagedError
 from shared.reading import File, Grid, KeptShards, Pieces
 from shared.shard import Packed, Raw, RawPieces
-from tests.shards import CHUNK, FORMS, ROWS, SHARD, WAYS, Written, mapped, taken, write
+from tests.shards import CHUNK, FORMS, ROWS, SHARD, WAYS, Written, taken, write
 
 IN_MEMORY = [way for way in WAYS if way != "raw"]
 
@@ -90,16 +90,6 @@ def test_what_is_to_stay_is_not_forgotten(made: dict[str, Written], pool: Thread
         assert taken(source, np.arange(ROWS), written.rows_ND, pool) == written.rows_ND.tobytes()
         if isinstance(source, KeptShards):
             assert (source._asked_X == 1).all() and not source._pending
-
-
-def test_mapped_rows_that_are_to_stay_stay(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
-    rows = 2**14
-    written = write(Raw(rows, 128, 512, "float16"), tmp_path, np.zeros((rows, 512), np.float16))  # 16 MiB
-    for stays in (False, True):
-        source = written.open(stays=stays)
-        taken(source, np.arange(rows), written.rows_ND, pool)
-        source.forget([(0, rows)])
-        assert (mapped(str(tmp_path)) > 15 * 1024) == stays
 
 
 @pytest.mark.parametrize("width", [1024, 1023])  # pieces of whole pages, and of others
@@ -179,22 +169,6 @@ def test_neighbours_in_one_file_are_got_in_one_request_as_far_as_it_may_reach(ma
         pieces.go.set()
     expected = [(3, 5), (0, 3), (5, 10), (10, 12), (12, 17), (17, 22), (22, 24), (24, 29), (29, 30)]
     assert [(one.start, one.stop) for one in pieces.asked] == expected
-
-
-@pytest.mark.parametrize("opened", [False, True], ids=["before it is mapped", "behind"])
-def test_a_mapped_file_that_becomes_shorter_is_an_error_and_not_the_end_of_the_process(
-    tmp_path: Path, opened: bool
-) -> None:
-    written = write(FORMS["raw"], tmp_path)
-    source, rows_B = written.open(), np.arange(ROWS)
-    with ThreadPoolExecutor(1) as one:
-        if opened:
-            assert taken(source, rows_B, written.rows_ND, one) == written.rows_ND.tobytes()
-        os.truncate(written.path(1), 0)
-        source.will_need([(0, ROWS)], one)
-        one.submit(int).result()  # what was asked for before it has been done
-        with pytest.raises(StoreDamagedError, match=shorter(written.path(1))):
-            taken(source, rows_B, written.rows_ND, one)
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -17,8 +17,8 @@ from shared import config as configs
 from shared import layout
 from shared.codec import CODECS, Packing
 from shared.errors import CheckpointError, ConfigError, Stopped, StoreError, TrainingError, WiringError, one_line
+from shared.mapped import MappedShards
 from shared.mixture import open_mixture
-from shared.reading import MappedShards
 from shared.store import Store
 from tests import cases
 from tests.build import make_store

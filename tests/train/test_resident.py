@@ -149,19 +149,21 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return say
 
 
-def test_rows_stay_where_they_take_less_than_half_of_what_is_free(
+def test_rows_stay_where_they_take_less_than_half_of_what_is_free_and_maps_less_than_nine_tenths(
     stores: dict[str, Store], order: Order, free: Callable[..., None]
 ) -> None:
     cuda, store, both = torch.device("cuda"), stores["map"], ["a", "b"]
     everything, kept = ROWS * 2 * (6 + 4), order.kept * 2 * (6 + 4)
-    free(cpu=2 * everything)
-    assert place(store, both, order, CPU, 10**6) == "no"
-    free(cpu=2 * everything + 1)
-    assert place(store, both, order, CPU, 10**6) == place(store, both, order, CPU, 1) == "memory"
+    for way, share in (("map", 0.9), ("pread", 0.5), ("packed", 0.5)):
+        one = stores[way].through(WAYS[way])
+        free(cpu=int(everything / share) - 1)
+        assert place(one, both, order, CPU, 10**6) == "no"
+        free(cpu=int(everything / share) + 1)
+        assert place(one, both, order, CPU, 10**6) == place(one, both, order, CPU, 1) == "memory"
     free(cpu=2 * everything + 1, cuda=2 * kept)
     assert place(store, both, order, cuda, 10**6) == "memory"
     assert place(store, ["a"], order, cuda, 10**6) == "device"
-    free(cpu=2 * everything, cuda=2 * kept + 1)
+    free(cpu=everything, cuda=2 * kept + 1)
     assert place(store, both, order, cuda, 10**6) == "device"
     assert place(store, both, order, cuda, order.kept) == "device"
     assert place(store, both, order, cuda, order.kept - 1) == "no"  # a run that reads some rows does not copy all
