@@ -16,6 +16,7 @@ from shared import codec
 from shared.errors import StoreDamagedError
 from shared.reading import File, Grid, KeptShards, Pieces
 from shared.shard import Packed, Raw, RawPieces
+from tests import memory
 from tests.shards import CHUNK, FORMS, ROWS, SHARD, WAYS, Written, taken, write
 
 IN_MEMORY = [way for way in WAYS if way != "raw"]
@@ -75,12 +76,6 @@ def test_threads_that_ask_take_and_forget_at_once_see_the_same_rows(made: dict[s
     assert wrong == []
 
 
-def resident() -> int:
-    """KiB of this process's memory, pages of mapped files included."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0])
-
-
 def test_what_is_to_stay_is_not_forgotten(made: dict[str, Written], pool: ThreadPoolExecutor) -> None:
     for way in WAYS:
         written = made[WAYS[way]]
@@ -96,10 +91,10 @@ def test_mapped_rows_that_are_to_stay_stay(tmp_path: Path, pool: ThreadPoolExecu
     rows = 2**14
     written = write(Raw(rows, 128, 512, "float16"), tmp_path, np.zeros((rows, 512), np.float16))  # 16 MiB
     for stays in (False, True):
-        source, before = written.open(stays=stays), resident()
+        source = written.open(stays=stays)
         taken(source, np.arange(rows), written.rows_ND, pool)
         source.forget([(0, rows)])
-        assert (resident() - before > 15 * 1024) == stays
+        assert (memory.mapped(str(tmp_path)) > 15 * 1024) == stays
 
 
 @pytest.mark.parametrize("width", [1024, 1023])  # pieces of whole pages, and of others
@@ -111,6 +106,10 @@ def test_a_piece_takes_memory_from_its_first_asking_to_its_last_forgetting(
     form = Packed(*shape, codec.find("zstd", 1)) if way == "packed" else Raw(*shape)
     written = write(form, tmp_path, np.zeros((rows, width), np.float16))  # 32 MiB
     source, last = written.open(way), np.array([rows - 1])
+
+    def resident() -> int:
+        return memory.mapped(str(tmp_path)) if way == "map" else memory.own()
+
     before = resident()
     for asked in (1, 2):
         with ThreadPoolExecutor(1) as pool:

@@ -23,6 +23,7 @@ from shared.layout import index_bytes
 from shared.reading import IO, Access, Pieces
 from shared.shard import PackedPieces, RawPieces
 from shared.store import Store
+from tests import memory
 from tests.build import make_store
 from tests.device import CPU, every_device
 from train.filter import RowsConfig, kept_rows
@@ -192,32 +193,23 @@ def big(tmp_path: Path) -> Iterator[Store]:
     shutil.rmtree(store.path)
 
 
-def resident() -> tuple[int, int]:
-    """MiB of memory of its own, and of pages of files, that this process has."""
-    status = Path("/proc/self/status").read_text()
-    own, *of_files = (int(status.partition(f"{kind}:")[2].split()[0]) for kind in ("RssAnon", "RssFile", "RssShmem"))
-    return own // 1024, sum(of_files) // 1024
-
-
 @pytest.mark.parametrize("io", ["map", "pread"])
 def test_memory_holds_two_windows_of_a_store_that_is_read_twice(big: Store, io: IO) -> None:
     order = Order(np.ones(big.rows, bool), block_rows=128, window_blocks=8, seed=0)
-    window, batch = 8 * 128 * 4096 // 2**20, 256 * 2048 * (4 + 2) // 2**20  # MiB; of a slot, with its floats
-    grown = []
-    own, of_files = resident()
-    with Loader(
-        big, ["a"], order, 256, range(2 * big.rows // 256), CPU, 2, slots=4, reuse=True, access=Access(io)
-    ) as loader:
-        for rows in loader:
+    window, slot = 8 * 128 * 4, 256 * 2 * (4 + 2)  # KiB; with its floats
+    own, grown, mapped = memory.own(), [0], [0]
+    steps, access = range(2 * big.rows // 256), Access(io)
+    with Loader(big, ["a"], order, 256, steps, CPU, 2, slots=4, reuse=True, access=access) as loader:
+        for number, rows in enumerate(loader):
             assert (rows.x["a"] == 1).all()
-            now = resident()
-            grown.append((now[0] - own, now[1] - of_files))
-    own, of_files = np.max(grown, 0).tolist()
-    spare = 4 * batch + 12  # of four slots, and MiB of everything else
-    assert own <= spare + (2 * window if io == "pread" else 0)
-    print(io, own, of_files)
-    assert of_files <= 12 + (2 * window if io == "map" else 0)
-    assert (of_files if io == "map" else own) > window  # it is seen at all
+            grown.append(memory.own() - own)
+            if number % 4 == 0:
+                mapped.append(memory.mapped("big.zarr"))
+    rows_of_store = 2 * window + 4 * 2 * 128 * 4  # and the blocks of four batches
+    if io == "map":  # a fetch maps 2 MiB more for a moment, and four go on at once
+        assert window < max(mapped) <= rows_of_store + 4 * 2048 and max(grown) <= 4 * slot + 8 * 1024
+    else:
+        assert window < max(grown) <= rows_of_store + 4 * slot + 8 * 1024 and max(mapped) == 0
 
 
 def _spied(kind: type[Pieces], name: str, seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

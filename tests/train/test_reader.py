@@ -14,6 +14,7 @@ from shared.codec import Packing
 from shared.errors import StoreError
 from shared.reading import Access
 from shared.store import Store
+from tests import memory
 from tests.build import make_store
 from train.reader import Reader
 
@@ -85,19 +86,9 @@ def test_giving_back_memory_gives_it_back(tmp_path: Path) -> None:
     )
     with Reader(big, ["a"]) as reader:
         reader.gather(np.arange(4096), {"a": np.empty((4096, 1024), np.float16)})
-        assert _resident("big.zarr/activations/a") == 8 * 1024
+        assert memory.mapped("big.zarr/activations/a") == 8 * 1024
         reader.forget(np.array([0, 2048]), 1024)
-        assert _resident("big.zarr/activations/a") <= 4 * 1024 + 64
-
-
-def _resident(name: str) -> int:
-    """KiB of the maps of files whose path holds `name` that are in this process's memory."""
-    total, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        key, *rest = line.split()
-        inside = name in line if not key.endswith(":") else inside
-        total += int(rest[0]) if inside and key == "Rss:" else 0
-    return total
+        assert memory.mapped("big.zarr/activations/a") <= 4 * 1024 + 64
 
 
 def test_closing_twice_is_harmless(store: Store) -> None:
