@@ -1,5 +1,6 @@
 """The order of rows: promises over all cases, and tiny exact numbers."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from shared.errors import StoreError
 from train.order import (
+    FileOrder,
     Order,
+    Stream,
     companions,
     default_window_blocks,
     permutation,
@@ -25,6 +28,13 @@ def orders(draw: st.DrawFn) -> Order:
     if draw(st.booleans()):  # long runs, which empty whole blocks and windows
         kept = np.repeat(kept, draw(st.integers(1, 6))).tolist()
     return Order(np.array(kept), draw(st.integers(1, 17)), draw(st.integers(1, 9)), draw(st.integers(-5, 2**70)))
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> Stream:
+    """Any small stream."""
+    order = draw(orders())
+    return order if draw(st.booleans()) else FileOrder(order.kept_N, order.block_rows, draw(st.integers(1, 9)))
 
 
 def test_splitmix64_gives_the_numbers_of_its_reference() -> None:
@@ -130,6 +140,41 @@ def test_a_sample_draws_every_kept_row_equally_often() -> None:
         counts[order.sample(90, seed)] += 1
     assert counts[~kept_N].sum() == 0
     assert abs(counts[kept_N].mean() - 30) < 1e-9 and abs(counts[kept_N].std() - np.sqrt(300 * 0.1 * 0.9)) < 1.0
+
+
+@given(streams(), st.integers(0, 8), st.integers(1, 20))
+@settings(deadline=None)
+def test_what_is_read_a_window_around_the_front_holds_every_row_of_a_batch(line: Stream, step: int, batch: int) -> None:
+    rows = line.served(step, batch)
+    first, last = line.front(step * batch), line.front(step * batch + batch - 1)
+    assert line.opened(step * batch) <= first <= last <= line.front((step + 1) * batch)
+    read = np.zeros(len(line.kept_N) + 1, int)
+    for begin in (line.opened(step * batch), max(first - line.window_blocks, 0)):
+        read[:] = 0
+        for start, count in zip(*line.reads(begin, last + line.window_blocks), strict=True):
+            read[start : start + count] += 1
+        assert len(rows) == 0 or read[rows].min() > 0
+
+
+@given(orders(), st.integers(0, 30), st.integers(0, 30))
+@settings(deadline=None)
+def test_of_the_line_whole_blocks_are_read_but_those_that_keep_nothing(order: Order, start: int, count: int) -> None:
+    starts, rows = order.reads(start, start + count)
+    line = order.starts(start, start + count).tolist()
+    kept = [at for at in line if order.kept_N[at : at + order.block_rows].any()]
+    assert starts.tolist() == kept and set(rows.tolist()) <= {order.block_rows}
+
+
+@given(orders(), st.integers(1, 50), st.integers(1, 3))
+@settings(deadline=None)
+def test_the_file_order_has_every_kept_row_once_as_the_store_has_them(order: Order, batch: int, world: int) -> None:
+    line = FileOrder(order.kept_N, order.block_rows, 8)
+    served = [line.served(step, batch).tolist() for step in range(line.steps(batch))]
+    assert list(itertools.chain(*served)) == np.flatnonzero(order.kept_N).tolist()
+    assert {len(rows) for rows in served[:-1]} <= {batch} and 0 < len(served[-1]) <= batch
+    assert line.served(line.steps(batch), batch).tolist() == []
+    ranks = [line.served(0, batch, rank, world).tolist() for rank in range(world)]
+    assert list(itertools.chain(*ranks)) == line.served(0, batch * world).tolist()
 
 
 @given(orders(), st.integers(0, 400), st.integers(1, 50))
