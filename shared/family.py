@@ -20,6 +20,7 @@ from shared.view import View
 
 OF_SOURCES = ("activations", "norms", "faults", "moments")
 OF_MODELS = ("rows", "tokens", "batches")
+BORDERS = ("documents/row", "segments/row")  # rows at which a document or segment begins, and where the last one ends
 
 
 def open_family(path: str | Path) -> View:
@@ -99,14 +100,14 @@ class Longer(View):
 
     def column(self, name: str) -> np.ndarray:
         parts = self._first.column(name), self._then.column(name) + self._shift(name)
-        return np.concatenate([parts[0][:-1] if name == "documents/row" else parts[0], parts[1]])
+        return np.concatenate([parts[0][:-1] if name in BORDERS else parts[0], parts[1]])
 
     def _shift(self, name: str) -> Any:
         """What the numbers of a table count from, in its own type. Refuses tables that one store alone has."""
         kind, *rest = name.split("/")
         if name == "rows/document":
             return np.int32(self._first.header.plan["documents"])
-        if name == "documents/row":
+        if name in BORDERS:
             return np.int64(self._first.rows)
         if name == "documents/id_end":
             return np.int64(len(self._first.column("documents/id")))

@@ -73,7 +73,7 @@ MODULES: dict[str, dict[str, str]] = {
         "cli": "harvest run | plan | sites, and those of upkeep",
     },
     "train": {
-        "order": "pure: (seed, step) -> the rows of a batch, shuffled or in file order; resume is one integer",
+        "order": "pure: (seed, step) -> the rows of a batch: shuffled, in file order, in groups; resume is one integer",
         "filter": "which rows of a store a run learns from, and what dropped the others",
         "reader": "shards, mapped, read or decoded ahead -> the rows of a batch",
         "loader": "threads -> a ring of slots -> batches on the device",
@@ -94,7 +94,7 @@ MODULES: dict[str, dict[str, str]] = {
         "report": "a run's folder -> one page",
         "run": "a run in its folder: claimed, logged, kept, found again",
         "fit": "a run from store to report, from its beginning or its last checkpoint",
-        "batches": "rows of a store for loops of one's own: as training reads them, or in file order",
+        "batches": "rows of a store for loops of one's own: as training reads them, in file order, or in groups",
         "cli": "train run | resume | measure | methods | show",
     },
 }

@@ -1,6 +1,6 @@
 """The order in which rows are served: arithmetic over one stream of kept rows.
 
-Letters: N rows of the store, X blocks, W windows of an epoch, B rows of a batch.
+Letters: N rows of the store, X blocks, W windows of an epoch, B rows of a batch, T rows of a group.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ class Stream(ABC):
     The row at a position lies in a block that is at most `window_blocks` before the `front` there, or behind it.
     """
 
-    kept_N: np.ndarray  # bool: what is served
+    kept_N: np.ndarray  # bool: what is served; of rows that come in groups, the first one
     blocks: int  # of the line, before it begins again
     window_blocks: int
 
@@ -180,6 +180,61 @@ class FileOrder(Stream):
 
     def reads(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         return self._in_blocks.ranges(self._blocks_X[start:stop])
+
+
+class Groups(Stream):
+    """Runs of `length` neighbouring rows, in the order that another stream has for their first rows (`group_starts`).
+
+    A batch has whole groups, one after another: x [B, width] is x [B / T, T, width]. Positions count rows, and the rows
+    of a group follow one another. Safe to use from several threads.
+    """
+
+    def __init__(self, firsts: Stream, length: int) -> None:
+        assert length > 0
+        self.kept_N, self.blocks, self.window_blocks = firsts.kept_N, firsts.blocks, firsts.window_blocks
+        self.length, self._firsts = length, firsts
+
+    def served(self, step: int, batch: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """Groups ascend by their first rows; one that comes twice, at the border of two epochs, is there twice."""
+        assert batch % self.length == 0
+        firsts = self._firsts.served(step, batch // self.length, rank, world)
+        return (firsts[:, None] + np.arange(self.length)).ravel()
+
+    def opened(self, position: int) -> int:
+        return self._firsts.opened(position // self.length)
+
+    def front(self, position: int) -> int:
+        return self._firsts.front(position // self.length)
+
+    def reads(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks as far as groups that begin in them reach."""
+        starts_X, rows_X = self._firsts.reads(start, stop)
+        ends_X = np.minimum(starts_X + rows_X, len(self.kept_N))
+        last_XT = ends_X[:, None] - np.arange(1, self.length)  # rows whose group would end in another block
+        begins_XT = (last_XT >= starts_X[:, None]) & self.kept_N[last_XT.clip(0)]
+        over_X = np.where(begins_XT, self.length - np.arange(1, self.length), 0).max(axis=1, initial=0)
+        return starts_X, ends_X - starts_X + over_X
+
+
+def group_starts(kept_N: np.ndarray, edges: np.ndarray, length: int) -> np.ndarray:
+    """Where groups begin, bool N: `length` kept rows that follow one another in the store, within one segment.
+
+    Segments begin at the rows `edges`, each within one document. From the beginning of a run of kept rows on it is
+    divided into groups; what is left at its end, fewer rows than `length`, is in none.
+    """
+    begins_N = kept_N.copy()
+    begins_N[1:] &= ~kept_N[:-1]
+    inside = edges[edges < len(kept_N)]
+    begins_N[inside] = kept_N[inside]
+    ends_N = kept_N.copy()
+    ends_N[:-1] &= ~kept_N[1:] | begins_N[1:]
+    starts, groups = np.flatnonzero(begins_N), (np.flatnonzero(ends_N) + 1 - np.flatnonzero(begins_N)) // length
+    found_N = np.zeros(len(kept_N), bool)
+    while len(starts := starts[groups > 0]):  # the next group of every run that has one
+        groups = groups[groups > 0]
+        found_N[starts] = True
+        starts, groups = starts + length, groups - 1
+    return found_N
 
 
 class _InBlocks:

@@ -28,7 +28,7 @@ from tests.build import make_store
 from tests.device import CPU, every_device
 from train.filter import RowsConfig, kept_rows
 from train.loader import Loader, Rows
-from train.order import FileOrder, Order
+from train.order import FileOrder, Groups, Order, Stream, group_starts
 from train.reader import Reader
 
 ROWS, BATCH = 101, 16
@@ -101,6 +101,30 @@ def test_three_threads_and_any_ring_serve_what_one_thread_serves(
     for slots in (2, 5, 40):
         with Loader(store, ["a", "b"], order, BATCH, range(30), device, threads=3, slots=slots) as loader:
             assert all(equal(*pair) for pair in zip(loader, expected, strict=True))
+
+
+@every_device
+def test_any_stream_is_the_same_from_any_threads_and_ring(
+    store: Store, kept: tuple[Store, IO], device: torch.device
+) -> None:
+    kept_N = kept_rows(store, RowsConfig(split="all")).kept_N
+    firsts_N, access = group_starts(kept_N, np.arange(0, ROWS, 11), 3), Access(kept[1])
+    assert 8 < firsts_N.sum() < 20  # the batches of 8 groups straddle epochs, and groups stand in them twice
+    several: list[tuple[Stream, int]] = [
+        (FileOrder(kept_N, 4, 20), 7),
+        (Groups(Order(firsts_N, 4, 2, 0), 3), 24),
+        (Groups(FileOrder(firsts_N, 2, 9), 3), 6),
+    ]
+    for line, batch in several:
+        expected = [line.served(step, batch) for step in range(9)]
+        for threads, slots in ((1, 1), (1, 4), (3, 4), (3, 9)):
+            with Loader(kept[0], ["a"], line, batch, range(9), device, threads, slots, access=access) as loader:
+                found = list(loader)
+                assert loader.rows_served == sum(map(len, expected))
+            for rows, rows_B in zip(found, expected, strict=True):
+                assert np.array_equal(rows.rows_B.numpy(), rows_B)
+                stored = store.column("activations/a")[rows_B].astype(np.float32)
+                assert np.array_equal(rows.x["a"].cpu().numpy(), stored * np.float32(4.0))
 
 
 def test_a_shorter_last_batch_is_shorter_in_reused_memory_too(store: Store) -> None:
