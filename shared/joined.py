@@ -67,7 +67,7 @@ class Joined(View):
     def column(self, name: str) -> np.ndarray:
         starts = self._starts_of(name)
         parts = [_moved(view.column(name), start) for view, start in zip(self._views, starts, strict=False)]
-        inner = [part[:-1] if name == "documents/row" else part for part in parts[:-1]]
+        inner = [part[:-1] if name in ("documents/row", "segments/row") else part for part in parts[:-1]]
         return np.concatenate([*inner, parts[-1]])
 
     def _holds(self, shard: int) -> tuple[int, int]:
@@ -81,6 +81,7 @@ class Joined(View):
         counted: dict[str, Callable[[View], int]] = {
             "rows/document": lambda view: view.header.plan["documents"],
             "documents/row": lambda view: view.rows,
+            "segments/row": lambda view: view.rows,
             "documents/id_end": lambda view: len(view.column("documents/id")),
         }
         if name in counted:

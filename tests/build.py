@@ -82,6 +82,7 @@ def _tables(
     tables: dict[str, np.ndarray] = {
         "rows/document": document_N.astype(np.int32),
         "segments/document": document_G.astype(np.int32),
+        "segments/row": np.concatenate([row_n[document_G], [rows]]).astype(np.int64),
         "documents/id": np.frombuffer(b"".join(ids), np.uint8),
         "documents/id_end": np.cumsum([len(id_) for id_ in ids]),
         "documents/row": row_n.astype(np.int64),

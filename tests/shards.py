@@ -52,13 +52,3 @@ def taken(source: Shards, rows_B: np.ndarray, like: np.ndarray, pool: Executor) 
     out_BD = np.empty((len(rows_B), like.shape[1]), like.dtype)
     source.take(rows_B, out_BD, pool)
     return out_BD.tobytes()
-
-
-def mapped(name: str) -> int:
-    """KiB of the maps of files whose path holds `name` that this process has in memory, and of nothing else."""
-    total, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        key, *rest = line.split()
-        inside = name in line if not key.endswith(":") else inside
-        total += int(rest[0]) if inside and key == "Rss:" else 0
-    return total

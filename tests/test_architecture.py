@@ -76,7 +76,7 @@ MODULES: dict[str, dict[str, str]] = {
         "cli": "harvest run | plan | sites, and those of upkeep",
     },
     "train": {
-        "order": "pure: (seed, step) -> the rows of a batch; resume is one integer",
+        "order": "pure: (seed, step) -> the rows of a batch: shuffled, in file order, in groups; resume is one integer",
         "weights": "how many rows each store of a mixture gives, and which",
         "filter": "which rows of a store a run learns from, and what dropped the others",
         "sources": "what a run asks of a store: sources, and differences of two",
@@ -106,6 +106,7 @@ MODULES: dict[str, dict[str, str]] = {
         "together": "the runs of one pass, on one loader",
         "spread": "runs over GPUs, a process each",
         "fit": "runs from store to report, from their beginning or their last checkpoint",
+        "batches": "rows of a store for loops of one's own: as training reads them, in file order, or in groups",
         "outlook": "what runs would read and take, told before they begin",
         "cli": "train run | plan | resume | measure | methods | show",
     },

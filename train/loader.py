@@ -13,12 +13,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Self
 
-import numpy as np
 import torch
 
 from shared import layout
 from shared.view import View
-from train.order import Order
+from train.order import Stream
 from train.reader import Reader
 from train.sources import Sources
 
@@ -102,7 +101,7 @@ class Loader(Feed):
     """
 
     def __init__(
-        self, store: View, sources: list[str], order: Order, batch: int, steps: range, device: torch.device,
+        self, store: View, sources: list[str], order: Stream, batch: int, steps: range, device: torch.device,
         threads: int = 1, slots: int = SLOTS, rank: int = 0, world: int = 1, reuse: bool = False,
     ) -> None:  # fmt: skip
         assert batch > 0 and threads > 0 and slots > 0 and len(order.kept_N) == store.rows
@@ -149,8 +148,8 @@ class Loader(Feed):
         future, slot = self._flying.popleft()
         rows = self._wait(future)
         self._hand_over(rows, slot)
-        self.rows_served += self.batch
-        self.bytes_served += self.batch * self._row_bytes
+        self.rows_served += len(rows.rows_B)
+        self.bytes_served += len(rows.rows_B) * self._row_bytes
         return rows, slot
 
     def _wait(self, future: Future[Rows]) -> Rows:
@@ -177,17 +176,16 @@ class Loader(Feed):
     def _load(self, step: int, slot: Slot) -> Rows:
         slot.wait()
         with self._drawing:  # else several threads would permute the same window at once
-            rows_B = self.order.step(step, self.batch, self.rank, self.world)
+            rows_B = self.order.served(step, self.batch, self.rank, self.world)
             coming, passed = self._reach((step * self.world + self.rank) * self.batch)
             # In the order of steps, so that nothing is given back before it was asked for.
-            self._reader.will_need(self.order.starts(coming.start, coming.stop), self.order.block_rows)
-            self._reader.forget(self.order.starts(passed.start, passed.stop), self.order.block_rows)
-        rows_B = np.sort(rows_B)
+            self._reader.will_need(*self.order.reads(coming.start, coming.stop))
+            self._reader.forget(*self.order.reads(passed.start, passed.stop))
         with self._copying():
-            x = slot.floats or {
-                name: torch.empty(self.batch, w, device=self.device) for name, w in self._sources.widths.items()
+            x = {name: x_BD[: len(rows_B)] for name, x_BD in slot.floats.items()} or {
+                name: torch.empty(len(rows_B), w, device=self.device) for name, w in self._sources.widths.items()
             }
-            for start in range(0, self.batch, slot.piece):
+            for start in range(0, len(rows_B), slot.piece):
                 part_B = rows_B[start : start + slot.piece]
                 self._reader.gather(part_B, {name: x_BD[: len(part_B)] for name, x_BD in slot.arrays.items()})
                 self._send(slot, {name: x_BD[start : start + slot.piece] for name, x_BD in x.items()})

@@ -6,6 +6,7 @@ Letters: B rows of a batch, D width of a source.
 import resource
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 
@@ -42,12 +43,14 @@ class Reader:
         self._pool = ThreadPoolExecutor(threads, "granary-fetch")
 
     def gather(self, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
-        """Fill `out` {source: [B, width]} with these rows, which ascend: so a file is read from front to back.
+        """Fill `out` {source: [B, width]} with these rows. Where they ascend, a file is read from front to back.
 
         Raises StoreDamagedError where a file is shorter than it was, or a packed chunk cannot be read.
         """
-        for name, out_BD in out.items():
-            self._sources[name].take(rows_B, out_BD, self._pool)
+        edges = [0, *(np.flatnonzero(rows_B[1:] < rows_B[:-1]) + 1).tolist(), len(rows_B)]
+        for start, stop in pairwise(edges):  # of rows that ascend
+            for name, out_BD in out.items():
+                self._sources[name].take(rows_B[start:stop], out_BD[start:stop], self._pool)
 
     def stream(self, rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """(rows_B, {source: [B, width]}) of these ascending rows, batch after batch in file order."""
@@ -58,21 +61,22 @@ class Reader:
             yield rows_B, x
             self.forget(rows_B[:1], int(rows_B[-1] - rows_B[0]) + 1)
 
-    def will_need(self, starts: np.ndarray, length: int) -> None:
-        """Have the `length` rows from each of `starts` fetched. Returns before they are there.
+    def will_need(self, starts: np.ndarray, length: int | np.ndarray) -> None:
+        """Have the `length` rows (one for all, or one each) from each of `starts` fetched, and return before they are.
 
         What is not mapped is kept until it was forgotten as many times as it was asked for.
         """
         for source in self._sources.values():
             source.will_need(self._pieces(starts, length), self._pool)
 
-    def forget(self, starts: np.ndarray, length: int) -> None:
-        """Give back the memory of the `length` rows from each of `starts`; the kernel may keep them in its cache."""
+    def forget(self, starts: np.ndarray, length: int | np.ndarray) -> None:
+        """Give back the memory of the `length` rows from each of `starts`, the system's too (shared.mapped)."""
         for source in self._sources.values():
             source.forget(self._pieces(starts, length))
 
-    def _pieces(self, starts: np.ndarray, length: int) -> list[Piece]:
-        return [(start, min(start + length, self.store.rows)) for start in starts.tolist()]
+    def _pieces(self, starts: np.ndarray, length: int | np.ndarray) -> list[Piece]:
+        stops = np.minimum(starts + length, self.store.rows)
+        return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
     def close(self) -> None:
         """Stop the threads and drop the shards; each is closed with its last reference."""

@@ -73,7 +73,7 @@ class Held(Feed):
     def __iter__(self) -> Iterator[Rows]:
         while (step := next(self._steps, None)) is not None:
             began = time.perf_counter()
-            rows_B = np.sort(self.order.step(step, self.batch, self.rank, self.world))
+            rows_B = self.order.served(step, self.batch, self.rank, self.world)
             at_B = sent(torch.from_numpy(np.searchsorted(self._rows_K, rows_B)), self.device)
             x = self._sources.rows({name: x_KD.index_select(0, at_B) for name, x_KD in self._x.items()})
             self.rows_served += len(rows_B)

@@ -21,10 +21,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from shared.store import Store
+from tests import memory
 from tests.benchmarks.loader import SLOTS
 from tests.benchmarks.pairs import machine
 from tests.build import make_store
-from tests.shards import mapped
 from train.loader import Loader
 from train.order import Order, default_window_blocks
 
@@ -48,7 +48,7 @@ def measure(store: Store, order: Order, limit: int) -> None:
     with Loader(store, names, order, BATCH, steps, torch.device("cpu"), 2, SLOTS, reuse=True) as loader:
         for number, _ in enumerate(loader):
             if number % 20 == 0:
-                most = max(most, mapped("x.zarr/activations") // 1000)
+                most = max(most, memory.mapped("x.zarr/activations") // 1000)
                 own = max(own, _own())
     seconds = time.perf_counter() - began
     window = order.window_rows * size / 1e6

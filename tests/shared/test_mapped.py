@@ -13,7 +13,8 @@ import pytest
 from shared.errors import StoreDamagedError
 from shared.reading import LINUX
 from shared.shard import Raw
-from tests.shards import FORMS, ROWS, mapped, taken, write
+from tests import memory
+from tests.shards import FORMS, ROWS, taken, write
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_mapped_rows_that_are_to_stay_stay(tmp_path: Path, pool: ThreadPoolExecu
         source = written.open(stays=stays)
         taken(source, np.arange(rows), written.rows_ND, pool)
         source.forget([(0, rows)])
-        assert (mapped(str(tmp_path)) > 15 * 1024) == stays
+        assert (memory.mapped(str(tmp_path)) > 15 * 1024) == stays
 
 
 @pytest.mark.parametrize("opened", [False, True], ids=["before it is mapped", "behind"])

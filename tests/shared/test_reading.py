@@ -16,6 +16,7 @@ from shared import codec
 from shared.errors import StoreDamagedError
 from shared.reading import File, Grid, KeptShards, Pieces
 from shared.shard import Packed, Raw, RawPieces
+from tests import memory
 from tests.shards import CHUNK, FORMS, ROWS, SHARD, WAYS, Written, taken, write
 
 IN_MEMORY = [way for way in WAYS if way != "raw"]
@@ -75,12 +76,6 @@ def test_threads_that_ask_take_and_forget_at_once_see_the_same_rows(made: dict[s
     assert wrong == []
 
 
-def resident() -> int:
-    """KiB of this process's memory, pages of mapped files included."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0])
-
-
 def test_what_is_to_stay_is_not_forgotten(made: dict[str, Written], pool: ThreadPoolExecutor) -> None:
     for way in WAYS:
         written = made[WAYS[way]]
@@ -101,6 +96,10 @@ def test_a_piece_takes_memory_from_its_first_asking_to_its_last_forgetting(
     form = Packed(*shape, codec.find("zstd", 1)) if way == "packed" else Raw(*shape)
     written = write(form, tmp_path, np.zeros((rows, width), np.float16))  # 32 MiB
     source, last = written.open(way), np.array([rows - 1])
+
+    def resident() -> int:
+        return memory.mapped(str(tmp_path)) if way == "map" else memory.own()
+
     before = resident()
     for asked in (1, 2):
         with ThreadPoolExecutor(1) as pool:

@@ -26,12 +26,12 @@ from shared.reading import IO, Access, Pieces
 from shared.shard import PackedPieces, RawPieces
 from shared.store import Store
 from shared.view import View
+from tests import memory
 from tests.build import make_store
 from tests.device import CPU, every_device
-from tests.shards import mapped
 from train.filter import RowsConfig, kept_rows
 from train.loader import Loader, Rows
-from train.order import Order
+from train.order import FileOrder, Groups, Order, Stream, group_starts
 from train.reader import Reader
 
 ROWS, BATCH = 101, 16
@@ -132,6 +132,36 @@ def test_three_threads_and_any_ring_serve_what_one_thread_serves(
     for slots in (2, 5, 40):
         with Loader(store, ["a", "b"], order, BATCH, range(30), device, threads=3, slots=slots) as loader:
             assert all(equal(*pair) for pair in zip(loader, expected, strict=True))
+
+
+@every_device
+def test_any_stream_is_the_same_from_any_threads_and_ring(
+    store: Store, kept: tuple[Store, IO], device: torch.device
+) -> None:
+    kept_N = kept_rows(store, RowsConfig(split="all")).kept_N
+    firsts_N, read = group_starts(kept_N, np.arange(0, ROWS, 11), 3), kept[0].through(Access(kept[1]))
+    assert 8 < firsts_N.sum() < 20  # the batches of 8 groups straddle epochs, and groups stand in them twice
+    several: list[tuple[Stream, int]] = [
+        (FileOrder(kept_N, 4, 20), 7),
+        (Groups(Order(firsts_N, 4, 2, 0), 3), 24),
+        (Groups(FileOrder(firsts_N, 2, 9), 3), 6),
+    ]
+    for line, batch in several:
+        expected = [line.served(step, batch) for step in range(9)]
+        for threads, slots in ((1, 1), (1, 4), (3, 4), (3, 9)):
+            with Loader(read, ["a"], line, batch, range(9), device, threads, slots) as loader:
+                found = list(loader)
+                assert loader.rows_served == sum(map(len, expected))
+            for rows, rows_B in zip(found, expected, strict=True):
+                assert np.array_equal(rows.rows_B.numpy(), rows_B)
+                stored = store.column("activations/a")[rows_B].astype(np.float32)
+                assert np.array_equal(rows.x["a"].cpu().numpy(), stored * np.float32(4.0))
+
+
+def test_a_shorter_last_batch_is_shorter_in_reused_memory_too(store: Store) -> None:
+    line = FileOrder(np.arange(ROWS) < 20, 4, 20)
+    with Loader(store, ["a", "b"], line, 16, range(2), CPU, reuse=True) as loader:
+        assert [(len(rows.rows_B), len(rows.x["a"]), len(rows.x["b"])) for rows in loader] == [(16,) * 3, (4,) * 3]
 
 
 @every_device
@@ -238,7 +268,8 @@ def test_a_piece_is_got_once_for_every_time_that_it_comes_into_reach(
         assert len(list(loader)) == 40
     asked = order.front((start + 40) * batch - 1) + order.window_blocks - order.opened(start * batch)
     assert alone == []
-    assert order.blocks <= len(got) <= (order.blocks if order.window_blocks == order.blocks else asked)
+    blocks = len(order.reads(0, order.blocks)[0])  # that keep any row
+    assert blocks <= len(got) <= (blocks if order.window_blocks == order.blocks else asked)
 
 
 @pytest.fixture
@@ -255,30 +286,23 @@ def big(tmp_path: Path) -> Iterator[Store]:
     shutil.rmtree(store.path)
 
 
-def resident() -> tuple[int, int]:
-    """MiB of memory of its own that this process has, and of the pages of the store's files."""
-    own = int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
-    return own // 1024, mapped("big.zarr/activations") // 1024
-
-
 @pytest.mark.parametrize("io", ["map", "pread"])
 def test_memory_holds_two_windows_of_a_store_that_is_read_twice(big: Store, io: IO) -> None:
     order = Order(np.ones(big.rows, bool), block_rows=128, window_blocks=8, seed=0)
-    window, batch = 8 * 128 * 4096 // 2**20, 256 * 2048 * (4 + 2) // 2**20  # MiB; of a slot, with its floats
-    grown = []
-    own, of_files = resident()
-    with Loader(
-        big.through(Access(io)), ["a"], order, 256, range(2 * big.rows // 256), CPU, 2, slots=4, reuse=True
-    ) as loader:
-        for rows in loader:
+    window, slot = 8 * 128 * 4, 256 * 2 * (4 + 2)  # KiB; with its floats
+    own, grown, mapped = memory.own(), [0], [0]
+    steps = range(2 * big.rows // 256)
+    with Loader(big.through(Access(io)), ["a"], order, 256, steps, CPU, 2, slots=4, reuse=True) as loader:
+        for number, rows in enumerate(loader):
             assert (rows.x["a"] == 1).all()
-            now = resident()
-            grown.append((now[0] - own, now[1] - of_files))
-    own, of_files = np.max(grown, 0).tolist()
-    spare = 4 * batch + 12  # of four slots, and MiB of everything else
-    assert own <= spare + (2 * window if io == "pread" else 0)
-    assert of_files <= (2 * window + 20 if io == "map" else 0)  # 192 MiB are read twice; threads may be late
-    assert (of_files if io == "map" else own) > window  # it is seen at all
+            grown.append(memory.own() - own)
+            if number % 4 == 0:
+                mapped.append(memory.mapped("big.zarr"))
+    rows_of_store = 2 * window + 4 * 2 * 128 * 4  # and the blocks of four batches
+    if io == "map":  # a fetch maps 2 MiB more for a moment, and four go on at once
+        assert window < max(mapped) <= rows_of_store + 4 * 2048 and max(grown) <= 4 * slot + 8 * 1024
+    else:
+        assert window < max(grown) <= rows_of_store + 4 * slot + 8 * 1024 and max(mapped) == 0
 
 
 def _spied(kind: type[Pieces], name: str, seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

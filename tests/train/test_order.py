@@ -1,22 +1,27 @@
 """The order of rows: promises over all cases, and tiny exact numbers."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import StoreError
 from train import order as orders_of
 from train.order import (
     SHARE,
+    FileOrder,
+    Groups,
     Order,
+    Stream,
     _key,
     companions,
     default_window_blocks,
     drawn,
+    group_starts,
     own_document,
     permutation,
     splitmix64,
@@ -30,6 +35,28 @@ def orders(draw: st.DrawFn) -> Order:
     if draw(st.booleans()):  # long runs, which empty whole blocks and windows
         kept = np.repeat(kept, draw(st.integers(1, 6))).tolist()
     return Order(np.array(kept), draw(st.integers(1, 17)), draw(st.integers(1, 9)), draw(st.integers(-5, 2**70)))
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Kept rows, mostly in runs, and the borders of segments of any length."""
+    rng, n = np.random.default_rng(draw(st.integers(0, 2**32))), draw(st.integers(1, 150))
+    edges = np.cumsum(rng.integers(1, draw(st.integers(2, 40)), n))
+    return rng.random(n) < draw(st.sampled_from([0.5, 0.9, 1.0])), np.array([0, *edges[edges < n], n])
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[Stream, int]:
+    """Any small stream, and what its batches are multiples of."""
+    if draw(st.booleans()):
+        (kept_N, edges), length = draw(segments()), draw(st.integers(2, 9))
+        kept_N = group_starts(kept_N, edges, length)
+    else:
+        kept_N, length = draw(orders()).kept_N, 1
+    assume(kept_N.any())
+    block_rows, window = draw(st.integers(1, 17)), draw(st.integers(1, 9))
+    one = Order(kept_N, block_rows, window, 3) if draw(st.booleans()) else FileOrder(kept_N, block_rows, window)
+    return (one if length == 1 else Groups(one, length)), length
 
 
 def test_splitmix64_gives_the_numbers_of_its_reference() -> None:
@@ -163,6 +190,114 @@ def test_a_sample_draws_every_kept_row_equally_often() -> None:
         counts[order.sample(90, seed)] += 1
     assert counts[~kept_N].sum() == 0
     assert abs(counts[kept_N].mean() - 30) < 1e-9 and abs(counts[kept_N].std() - np.sqrt(300 * 0.1 * 0.9)) < 1.0
+
+
+@given(streams(), st.integers(0, 8), st.integers(1, 20), st.data())
+@settings(deadline=None)
+def test_what_is_read_a_window_around_the_front_holds_every_row_of_a_batch(
+    stream: tuple[Stream, int], step: int, units: int, data: st.DataObject
+) -> None:
+    line, length = stream
+    batch = units * length
+    rows = line.served(step, batch)
+    first, last = line.front(step * batch), line.front(step * batch + batch - 1)
+    assert line.opened(step * batch) <= first <= last <= line.front((step + 1) * batch)
+    read = np.zeros(len(line.kept_N) + 1, int)
+    for begin in (line.opened(step * batch), max(first - line.window_blocks, 0)):
+        read[:] = 0
+        for start, count in zip(*line.reads(begin, last + line.window_blocks), strict=True):
+            read[start : start + count] += 1
+        assert len(rows) == 0 or read[rows].min() > 0
+
+
+@given(orders(), st.integers(0, 30), st.integers(0, 30))
+@settings(deadline=None)
+def test_of_the_line_whole_blocks_are_read_but_those_that_keep_nothing(order: Order, start: int, count: int) -> None:
+    starts, rows = order.reads(start, start + count)
+    line = order.starts(start, start + count).tolist()
+    kept = [at for at in line if order.kept_N[at : at + order.block_rows].any()]
+    assert starts.tolist() == kept and set(rows.tolist()) <= {order.block_rows}
+
+
+@given(orders(), st.integers(1, 50), st.integers(1, 3))
+@settings(deadline=None)
+def test_the_file_order_has_every_kept_row_once_as_the_store_has_them(order: Order, batch: int, world: int) -> None:
+    line = FileOrder(order.kept_N, order.block_rows, 8)
+    served = [line.served(step, batch).tolist() for step in range(line.steps(batch))]
+    assert list(itertools.chain(*served)) == np.flatnonzero(order.kept_N).tolist()
+    assert {len(rows) for rows in served[:-1]} <= {batch} and 0 < len(served[-1]) <= batch
+    assert line.served(line.steps(batch), batch).tolist() == []
+    ranks = [line.served(0, batch, rank, world).tolist() for rank in range(world)]
+    assert list(itertools.chain(*ranks)) == line.served(0, batch * world).tolist()
+
+
+def test_groups_are_cut_from_runs_of_kept_rows_in_one_segment() -> None:
+    kept_N = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1], bool)
+    edges = np.array([0, 6, 13])  # rows 4 and 5 are of one segment, rows 6 to 10 of the next
+    assert np.flatnonzero(group_starts(kept_N, edges, 2)).tolist() == [0, 4, 6, 8]
+    assert np.flatnonzero(group_starts(kept_N, edges, 3)).tolist() == [0, 6]
+    assert np.flatnonzero(group_starts(kept_N, edges, 1)).tolist() == np.flatnonzero(kept_N).tolist()
+    assert not group_starts(kept_N, edges, 6).any()
+
+
+@given(segments(), st.integers(1, 9))
+@settings(deadline=None)
+def test_groups_are_those_that_walking_along_the_rows_finds(made: tuple[np.ndarray, np.ndarray], length: int) -> None:
+    kept_N, edges = made
+    expected, run = [], 0
+    for row in range(len(kept_N)):
+        run = (1 if row in edges else run + 1) if kept_N[row] else 0
+        if run and run % length == 0:
+            expected.append(row + 1 - length)
+    assert np.flatnonzero(group_starts(kept_N, edges, length)).tolist() == expected
+
+
+@given(segments(), st.integers(2, 6), st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(1, 3))
+@settings(deadline=None)
+def test_every_group_comes_once_an_epoch_whole_and_any_step_can_be_reached_directly(
+    made: tuple[np.ndarray, np.ndarray], length: int, block_rows: int, window: int, groups: int, world: int
+) -> None:
+    firsts_N = group_starts(*made, length)
+    assume(firsts_N.any())
+    firsts = Order(firsts_N, block_rows, window, seed=5)
+    line, fresh = (Groups(Order(firsts_N, block_rows, window, seed=5), length) for _ in range(2))
+    steps = -(-3 * firsts.kept // groups)
+    seen = []
+    for step in range(steps):
+        rows = line.served(step, groups * length).reshape(groups, length)
+        assert (np.diff(rows, axis=1) == 1).all() and (np.diff(rows[:, 0]) >= 0).all()
+        assert sorted(firsts.step(step, groups).tolist()) == rows[:, 0].tolist()
+        seen += rows[:, 0].tolist()
+    assert np.array_equal(line.served(steps - 1, groups * length), fresh.served(steps - 1, groups * length))
+    if steps * groups == 3 * firsts.kept:
+        assert Counter(seen) == dict.fromkeys(np.flatnonzero(firsts_N).tolist(), 3)
+    ranks = [line.served(1, groups * length, rank, world)[::length] for rank in range(world)]
+    assert sorted(np.concatenate(ranks)) == line.served(1, groups * length * world)[::length].tolist()
+
+
+@given(segments(), st.integers(2, 30), st.integers(1, 20), st.integers(1, 9), st.booleans())
+@settings(deadline=None)
+def test_a_block_is_read_as_far_as_its_last_group_reaches(
+    made: tuple[np.ndarray, np.ndarray], length: int, block_rows: int, window: int, shuffled: bool
+) -> None:
+    firsts_N = group_starts(*made, length)
+    assume(firsts_N.any())
+    firsts = Order(firsts_N, block_rows, window, 1) if shuffled else FileOrder(firsts_N, block_rows, window)
+    found = Groups(firsts, length).reads(0, firsts.blocks)
+    expected = []
+    for start in firsts.reads(0, firsts.blocks)[0].tolist():
+        begins = np.flatnonzero(firsts_N[start : start + block_rows])
+        stop = max(min(start + block_rows, len(firsts_N)), start + int(begins[-1]) + length)
+        expected.append((start, stop - start))
+    assert list(zip(*(one.tolist() for one in found), strict=True)) == expected
+    assert len(expected) <= firsts.blocks
+
+
+def test_groups_are_shuffled_and_every_epoch_in_another_way() -> None:
+    line = Groups(Order(np.arange(90) % 3 == 0, block_rows=9, window_blocks=4, seed=0), 3)
+    epochs = [[int(line.served(30 * epoch + step, 3)[0]) for step in range(30)] for epoch in range(3)]
+    assert all(sorted(one) == list(range(0, 90, 3)) for one in epochs)
+    assert len({tuple(one) for one in [*epochs, sorted(epochs[0])]}) == 4
 
 
 @given(orders(), st.integers(0, 400), st.integers(1, 50))

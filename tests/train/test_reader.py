@@ -14,8 +14,8 @@ from shared.codec import Packing
 from shared.errors import StoreError
 from shared.reading import Access
 from shared.store import Store
+from tests import memory
 from tests.build import make_store
-from tests.shards import mapped
 from train.reader import Reader
 
 ROWS = 101  # 4 shards of 32 rows, the last of 5, and chunks of 8
@@ -44,14 +44,17 @@ def test_an_unknown_source_is_refused_with_what_there_is(store: Store) -> None:
         Reader(store, ["c"])
 
 
-@given(st.lists(st.integers(0, ROWS - 1), max_size=60))
+@given(st.lists(st.integers(0, ROWS - 1), max_size=60), st.booleans())
 @settings(deadline=None)
-def test_gathering_equals_plain_indexing_for_ascending_rows(store: Store, opened: Open, rows: list[int]) -> None:
+def test_gathering_equals_plain_indexing_whether_rows_ascend_or_not(
+    store: Store, opened: Open, rows: list[int], ascend: bool
+) -> None:
+    asked = sorted(rows) if ascend else rows
     with opened(["a", "b"]) as reader:
         out = {name: np.full((len(rows), width), np.nan, np.float16) for name, width in reader.widths.items()}
-        reader.gather(np.array(sorted(rows), np.int64), out)
+        reader.gather(np.array(asked, np.int64), out)
     for name, x_BD in out.items():
-        assert np.array_equal(x_BD, store.column(f"activations/{name}")[sorted(rows)])
+        assert np.array_equal(x_BD, store.column(f"activations/{name}")[asked])
 
 
 @given(st.sets(st.integers(0, ROWS - 1)), st.integers(1, 40))
@@ -86,9 +89,9 @@ def test_giving_back_memory_gives_it_back(tmp_path: Path) -> None:
     )
     with Reader(big, ["a"]) as reader:
         reader.gather(np.arange(4096), {"a": np.empty((4096, 1024), np.float16)})
-        assert mapped("big.zarr/activations/a") == 8 * 1024
+        assert memory.mapped("big.zarr/activations/a") == 8 * 1024
         reader.forget(np.array([0, 2048]), 1024)
-        assert mapped("big.zarr/activations/a") <= 4 * 1024 + 64
+        assert memory.mapped("big.zarr/activations/a") <= 4 * 1024 + 64
 
 
 def test_closing_twice_is_harmless(store: Store) -> None:
