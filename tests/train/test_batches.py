@@ -24,8 +24,8 @@ from tests.device import every_device
 from tests.shared.test_family import extend
 from train import batches
 from train.filter import RowsConfig, kept_rows
-from train.prepare import order_of
 from train.loader import Loader, Rows
+from train.prepare import order_of
 
 ROWS, FACTOR = 601, {"a": 4.0, "b": 0.5}
 MADE: dict[str, Any] = {"rows": ROWS, "factor": FACTOR, "documents": 12, "special": 0.02, "sink": 0.02}
