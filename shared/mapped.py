@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 import numpy as np
 
 from shared.errors import StoreDamagedError
-from shared.reading import LINUX, Files, Grid, Piece, Shards, madvise, runs, shorter
+from shared.reading import LINUX, Access, Files, Grid, Piece, Shards, madvise, runs, shorter
 
 WILL_NEED, NOT_NEEDED = (os.POSIX_FADV_WILLNEED, os.POSIX_FADV_DONTNEED) if LINUX else (0, 0)
 POPULATE_READ = 22  # MADV_POPULATE_READ, which the mmap module has no name for
@@ -29,12 +29,14 @@ class MappedShards(Shards):
 
     Of the pages that were fetched those stay in the map that hold pieces which were asked for and not forgotten. The
     kernel maps more, whole folios of up to 2 MiB (from Linux 6.18 on, in small pages, too): they are let go at once.
-    What is forgotten leaves the system's cache, too, unless another process maps it: where memory is short the kernel
-    would take the window that is open instead (measured: 12 MB/s, and 700 MB/s so).
+
+    Where `access` drops, what is forgotten leaves the system's cache, too, unless another process maps it: with little
+    memory the kernel takes the window that is open instead (measured: 12 MB/s, and 700 MB/s so).
     """
 
-    def __init__(self, found: Files, grid: Grid, stays: bool) -> None:
-        self._files, self._grid, self._stays = found, grid, stays
+    def __init__(self, found: Files, grid: Grid, access: Access) -> None:
+        self._files, self._grid = found, grid
+        self._stays, self._drops = access.stays, access.drops and not access.stays
         self._around = -(-(FOLIO + FAULT_AROUND) // grid.row_bytes)  # rows that may have been mapped beside others
         self._asked_X = np.zeros(grid.pieces(0, found.rows).stop, np.int32)  # will_need less forget
         self._lock = threading.Lock()
@@ -75,7 +77,7 @@ class MappedShards(Shards):
                 asked_X = self._asked_X[self._grid.slice(start, stop)]
                 asked_X -= asked_X > 0
             self._unmap(start, stop)
-            if not self._stays:
+            if self._drops:
                 self._advise(start, stop, NOT_NEEDED)
 
     def _unmap(self, start: int, stop: int) -> None:
@@ -119,6 +121,7 @@ class MappedShards(Shards):
             raise shorter(self._files.path(shard)) from None
         if LINUX and not self._stays:
             madvise(mapped, mmap.MADV_NOHUGEPAGE)  # a huge page is let go as a whole
+        if LINUX and self._drops:
             madvise(mapped, mmap.MADV_RANDOM)  # else a row brings 2 MiB along, which push out what was asked for
         return np.asarray(mapped)
 

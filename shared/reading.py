@@ -49,6 +49,7 @@ class Access:
 
     io: IO = "map"  # of raw shards: memory maps, or large reads into memory of our own
     stays: bool = False  # what was fetched stays in memory, and is not forgotten
+    drops: bool = False  # of maps: what is forgotten leaves the system's cache, and no more than was asked for is read
 
 
 MAPPED = Access()

@@ -83,7 +83,7 @@ class Raw(Form):
         grid = Grid(self.shard_rows, rows, self.width, self.dtype)
         if access.io == "pread":
             return KeptShards(RawPieces(found, grid), access.stays)
-        return MappedShards(found, grid, access.stays)
+        return MappedShards(found, grid, access)
 
     def encode(self, rows_SD: np.ndarray) -> Iterator[bytes | memoryview]:
         return (raw(self.chunk(rows_SD, start)) for start in range(0, len(rows_SD), self.chunk_rows))

@@ -34,10 +34,10 @@ class Written:
     def path(self, shard: int) -> Path:
         return self.folder / str(shard)
 
-    def open(self, way: str = "map", stays: bool = False) -> Shards:
+    def open(self, way: str = "map", stays: bool = False, drops: bool = False) -> Shards:
         if way == "pread, half a chunk a piece":
             return KeptShards(RawPieces(self.files, Grid(SHARD, CHUNK // 2, WIDTH, self.form.dtype)), stays)
-        return self.form.open(self.files, Access("pread" if way == "pread" else "map", stays))
+        return self.form.open(self.files, Access("pread" if way == "pread" else "map", stays, drops))
 
 
 def write(form: Form, folder: Path, rows_ND: np.ndarray | None = None) -> Written:

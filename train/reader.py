@@ -70,7 +70,7 @@ class Reader:
             source.will_need(self._pieces(starts, length), self._pool)
 
     def forget(self, starts: np.ndarray, length: int | np.ndarray) -> None:
-        """Give back the memory of the `length` rows from each of `starts`, the system's too (shared.mapped)."""
+        """Give back the memory of the `length` rows from each of `starts` (shared.reading.Access says whose)."""
         for source in self._sources.values():
             source.forget(self._pieces(starts, length))
 

@@ -47,7 +47,7 @@ def feed(
     """The batches of a run whose rows stay there: the same to the bit. On the CPU each holds until the next."""
     if where == "device":
         return Held(store, sources, order, batch, steps, device, rank, world)
-    placed = store.through(replace(store.access, stays=where == "memory"))
+    placed = store.through(replace(store.access, stays=where == "memory", drops=where == "no"))
     return Loader(placed, sources, order, batch, steps, device, rank=rank, world=world, reuse=True)
 
 
@@ -66,7 +66,7 @@ class Held(Feed):
         self._steps = iter(steps)
         self._sources = Sources(store, sources)
         self._rows_K = np.flatnonzero(order.kept_N)
-        with Reader(store.through(replace(store.access, stays=False)), self._sources.stored) as reader:
+        with Reader(store.through(replace(store.access, stays=False, drops=True)), self._sources.stored) as reader:
             self._x = _copied(reader, self._rows_K, order.block_rows, device)
         self._row_bytes = store.dtype.itemsize * sum(reader.widths.values())
 
