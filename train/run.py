@@ -168,7 +168,8 @@ class Training:
         self.folder, self.config, self.trainer, self.log = folder, config, trainer, log
         self.trackers = Trackers(folder, config, log)
         self.store = store
-        self._identity = {"store": store.header.id, "seals": store.seals, "config": config.model_dump(mode="json")}
+        told = config.model_dump(mode="json", exclude={"read"})  # which changes no bit of what comes out
+        self._identity = {"store": store.header.id, "seals": store.seals, "config": told}
         self._kept = -1  # the step of the last checkpoint
 
     @property
