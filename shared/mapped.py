@@ -100,12 +100,9 @@ class MappedShards(Shards):
 
     def _advise(self, start: int, stop: int, advice: int) -> None:
         """Have the system read these rows, no more and no less, or drop them where no other process maps them."""
-        size = self._grid.shard_rows
-        for shard in range(start // size, -(-stop // size)) if LINUX else ():
-            self._map(shard)
-            first, last = max(start - shard * size, 0), min(stop - shard * size, size)
-            length = (last - first) * self._grid.row_bytes
-            os.posix_fadvise(self._opened[shard].fileno(), first * self._grid.row_bytes, length, advice)
+        for shard, rows_ND in self._parts(start, stop) if LINUX else ():
+            offset = rows_ND.ctypes.data - self._map(shard).ctypes.data
+            os.posix_fadvise(self._opened[shard].fileno(), offset, rows_ND.nbytes, advice)
 
     def _map(self, shard: int) -> np.ndarray:
         if (found := self._maps.get(shard)) is not None:

@@ -3,17 +3,23 @@
 Letters: B rows of a batch, D width of a source, G planted features, L latents.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shared import config as configs
+from shared.store import Store
+from tests.build import make_store
 from train import dictionary as dictionaries
 from train import method as methods
+from train import prepare
 from train import wiring as wirings
 from train.config import TrainConfig
+from train.prepare import Ready
 from train.scale import Scale
 from train.trainer import Trainer
 from train.wiring import Wiring
@@ -28,9 +34,24 @@ CASES = {
     "dedicated of 3": ("dedicated", 3),
 }
 LATENTS = 48
+# A run of a moment, as its tables.
+MOMENT: dict[str, Any] = {
+    "wiring": {"latents": 8}, "method": {"name": "topk", "k": 3}, "steps": 4, "batch": 16, "device": "cpu",
+    "threads": 1,
+}  # fmt: skip
 # The latents of a planted row that a method may keep, or the price of one; a method that is not named here takes its
 # own defaults with k = 3, where it has a k.
 KEYS: dict[str, dict[str, Any]] = {"standard": {"l1": 0.6, "l1_warmup": 100}}
+
+
+def small_store(folder: Path) -> Store:
+    """300 rows of a and b in 20 documents."""
+    return make_store(folder / "pair.zarr", rows=300, chunk_rows=16, documents=20)
+
+
+def ready(store: Store, *changes: Mapping[str, Any]) -> list[Ready]:
+    """Runs that can begin: MOMENT, with other tables each."""
+    return prepare.ready(store, [configs.parse(TrainConfig, {**MOMENT, **one}) for one in changes])
 
 
 def names() -> list[str]:

@@ -28,10 +28,18 @@ from harvest.config import HarvestConfig
 from shared import hooks
 from shared.config import Config
 from train import measure, method
-from train.config import FileConfig
+from train.config import SweepConfig, TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 APPS: dict[str, Typer] = {"harvest": harvest.cli.app, "train": train.cli.app}
+
+
+class FileConfig(TrainConfig):
+    """What a config file may hold: a run, or several."""
+
+    sweep: SweepConfig = SweepConfig()
+
+
 CONFIGS: dict[str, type[Config]] = {"harvest": HarvestConfig, "train": FileConfig}
 
 WORDS: dict[Any, str] = {

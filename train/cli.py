@@ -21,8 +21,7 @@ from train.fit import Run, Sweep, fit, resume_sweep, sweep
 from train.fit import resume as going_on
 from train.outlook import outlook, text
 from train.run import config_of, folders_of
-from train.sources import Sources as StoreSources
-from train.sources import in_brackets
+from train.sources import Sources, in_brackets
 from train.sweep import TABLE, expand
 
 app = typer.Typer(
@@ -49,7 +48,7 @@ WiringKind = Annotated[
     str | None, typer.Option("--wiring", help="autoencoder, transcoder, crosscoder or dedicated (wiring.kind).")
 ]
 Latents = Annotated[int | None, typer.Option("--latents", help="Latents of the dictionary (wiring.latents).")]
-Sources = Annotated[
+SourceNames = Annotated[
     str | None,
     typer.Option("--sources", help='In order, with commas: gemma,smol or "base,chat - base" (wiring.sources).'),
 ]
@@ -77,7 +76,7 @@ def main() -> None:
 @app.command()
 def run(
     caches: Caches, config_file: ConfigFile = None, settings: Settings = None, grid: Grid = None,
-    method: MethodName = None, wiring: WiringKind = None, latents: Latents = None, sources: Sources = None,
+    method: MethodName = None, wiring: WiringKind = None, latents: Latents = None, sources: SourceNames = None,
     steps: Steps = None, batch: Batch = None, seed: Seed = None, device: Device = None, threads: Threads = None,
     memory: Memory = None, gpus: Gpus = None, out: Out = None, below: Stage = None, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -86,11 +85,8 @@ def run(
 
     Example: train run pair.zarr --method batch_topk --wiring dedicated --latents 16384 --steps 5000 --set method.k=64
     """
-    asked = _asked(
-        config_file, settings, grid,
-        {"method.name": method, "wiring.kind": wiring, "wiring.latents": latents, "wiring.sources": sources,
-         "steps": steps, "batch": batch, "seed": seed, "device": device, "threads": threads},
-    )  # fmt: skip
+    flags = _flags(method, wiring, latents, sources, steps, batch, seed, device, threads)
+    asked = _asked(config_file, settings, grid, flags)
     folder = None if out is None else remote.local(out, "A run is written to a folder (--out)")
     for one in expand(asked):  # before a store at a URL is copied
         trackers.require(one.config.log)
@@ -105,7 +101,7 @@ def run(
 @app.command()
 def plan(
     caches: Caches, config_file: ConfigFile = None, settings: Settings = None, grid: Grid = None,
-    method: MethodName = None, wiring: WiringKind = None, latents: Latents = None, sources: Sources = None,
+    method: MethodName = None, wiring: WiringKind = None, latents: Latents = None, sources: SourceNames = None,
     steps: Steps = None, batch: Batch = None, seed: Seed = None, device: Device = None, threads: Threads = None,
     memory: Memory = None, out: Out = None, below: Stage = None, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -113,11 +109,8 @@ def plan(
 
     Example: train plan pair.zarr --method batch_topk --wiring dedicated --latents 16384 --steps 5000 --grid seed=0,1
     """
-    asked = _asked(
-        config_file, settings, grid,
-        {"method.name": method, "wiring.kind": wiring, "wiring.latents": latents, "wiring.sources": sources,
-         "steps": steps, "batch": batch, "seed": seed, "device": device, "threads": threads},
-    )  # fmt: skip
+    flags = _flags(method, wiring, latents, sources, steps, batch, seed, device, threads)
+    asked = _asked(config_file, settings, grid, flags)
     told = outlook(_opened(caches, below, as_json), expand(asked), _bytes(memory), Path(out or "runs"))
     print(json.dumps(told) if as_json else text(told))
 
@@ -149,13 +142,23 @@ def resume(
             _tell(going_on(folders[0], opened), caches or _own_stores(folders[0]), as_json)
 
 
+def _flags(
+    method: str | None, wiring: str | None, latents: int | None, sources: str | None, steps: int | None,
+    batch: int | None, seed: int | None, device: str | None, threads: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The config keys of the flags that `run` and `plan` share."""
+    return {
+        "method.name": method, "wiring.kind": wiring, "wiring.latents": latents,
+        "wiring.sources": None if sources is None else [name.strip() for name in sources.split(",")],
+        "steps": steps, "batch": batch, "seed": seed, "device": device, "threads": threads,
+    }  # fmt: skip
+
+
 def _asked(
     config_file: Path | None, settings: list[str] | None, grid: list[str] | None, flags: dict[str, Any]
 ) -> dict[str, Any]:
     """The tables of a config: the file, over it what was set, over that the flags, and a sweep where there is one."""
     data = configs.read_toml(config_file) if config_file else {}
-    if flags["wiring.sources"] is not None:
-        flags["wiring.sources"] = [name.strip() for name in flags["wiring.sources"].split(",")]
     asked = configs.override(data, [*(settings or []), *configs.settings(flags)])
     for one in grid or []:
         key, _, values = one.partition("=")
@@ -300,7 +303,7 @@ def _require_same_sites(folder: Path, store: View, dictionary: Dictionary) -> No
     if (origin := _of_run(folder, report.STORE)) is None:
         return
     trained_on = files.read_json(origin)["sources"]
-    for name, one in StoreSources(store, dictionary.wiring.widths).described().items():
+    for name, one in Sources(store, dictionary.wiring.widths).described().items():
         asked, found = trained_on[name]["site"], one["site"]
         if asked != found:
             way_out = "Give a store of the site that it was trained on"

@@ -94,9 +94,3 @@ class SweepConfig(Config):
 
     grid: dict[str, Any] = Field(default_factory=dict)  # lists of values, each below its key: every combination
     runs: list[dict[str, Any]] = Field(default_factory=list)  # tables laid over the config, a run each
-
-
-class FileConfig(TrainConfig):
-    """What a config file may hold: a run, or several."""
-
-    sweep: SweepConfig = SweepConfig()

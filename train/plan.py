@@ -82,11 +82,11 @@ def _bytes(state: Any) -> int:
     return sum(_bytes(one) for one in inner)
 
 
-def require_memory(run: Ready, memory: int | None = None) -> None:
-    """Raises ConfigError where weights, moments and gradients alone are more than the free memory (or `memory`)."""
-    ends = [(len(s.readers) + len(s.writers), s) for s in run.wiring.spans]
-    numbers = sum(span.size * run.wiring.widths[name] for _, span in ends for name in (*span.readers, *span.writers))
-    least, free = (ADAM + 1) * FLOAT * numbers, free_memory(run.device) if memory is None else memory
+def require_memory(run: Ready) -> None:
+    """Raises ConfigError where weights, moments and gradients alone are more than the free memory."""
+    spans, widths = run.wiring.spans, run.wiring.widths
+    numbers = sum(span.size * widths[name] for span in spans for name in (*span.readers, *span.writers))
+    least, free = (ADAM + 1) * FLOAT * numbers, free_memory(run.device)
     if least > free:
         value = f"{gb(least)} of {gb(free)} on {run.device}"
         raise ConfigError("the run does not fit into memory", value, "Lower wiring.latents, or use a larger device")
@@ -129,10 +129,8 @@ def _fitting(group: Sequence[int], runs: Sequence[Ready], found: Sequence[Cost],
 
 def taken(group: Sequence[int], runs: Sequence[Ready], found: Sequence[Cost]) -> int:
     """Bytes that these runs take at once: their states, one step at a time, and the loader's batches."""
-    batch, widths = (
-        parallel.share(runs[group[0]].config.batch),
-        {k: v for n in group for k, v in runs[n].wiring.widths.items()},
-    )
+    batch = parallel.share(runs[group[0]].config.batch)
+    widths = {name: width for n in group for name, width in runs[n].wiring.widths.items()}
     steps = max(found[n].step_bytes or 0 for n in group)
     return sum(found[n].state_bytes for n in group) + steps + SLOTS * batch * sum(widths.values()) * FLOAT
 

@@ -45,9 +45,8 @@ def require_free(folder: str | Path | None) -> None:
 
 def claim(folder: str | Path | None, config: TrainConfig) -> Path:
     """The run's folder with its config.toml, which one run alone can make; none: a new one below runs/."""
-    path = (
-        _new(f"{config.wiring.kind}-{config.method.name}-{config.wiring.latents}") if folder is None else Path(folder)
-    )
+    name = f"{config.wiring.kind}-{config.method.name}-{config.wiring.latents}"
+    path = _new(name) if folder is None else Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     try:
         with (path / report.CONFIG).open("x", encoding="utf-8") as file:

@@ -43,17 +43,13 @@ class Member:
         return self._training
 
     @property
-    def kept_step(self) -> int:
-        """The step of the last checkpoint; 0 where there is none."""
-        return run.kept_step(self.folder)
-
-    @property
     def runs(self) -> bool:
         return self.error is None and not self.training.finished
 
     def begin(self, store: View, log: Log, scales: dict[str, Scale]) -> None:
         """Build the trainer, or go back to the last checkpoint. Raises CheckpointError, StoreError or TrainingError."""
-        trainer = prepare.blank(self.ready) if self.kept_step else prepare.fresh(store, self.ready, scales)
+        kept = run.kept_step(self.folder)
+        trainer = prepare.blank(self.ready) if kept else prepare.fresh(store, self.ready, scales)
         self._training = run.Training(self.folder, self.config, trainer, store, log)
         self._training.resume()
         if parallel.rank() == 0:

@@ -7,19 +7,17 @@ from typing import Any
 import pytest
 
 from shared.store import Store
-from tests.build import make_store
+from tests import cases
 from train.fit import fit
 from train.outlook import outlook, text
 from train.sweep import expand
 
-ASKED: dict[str, Any] = {
-    "wiring": {"latents": 8}, "method": {"name": "topk", "k": 3}, "steps": 20, "batch": 16, "device": "cpu",
-}  # fmt: skip
+ASKED: dict[str, Any] = {**cases.MOMENT, "steps": 20}
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return make_store(tmp_path_factory.mktemp("outlook") / "pair.zarr", rows=300, chunk_rows=16, documents=20)
+    return cases.small_store(tmp_path_factory.mktemp("outlook"))
 
 
 def test_rows_and_epochs_are_those_of_the_run_that_follows(store: Store, tmp_path: Path) -> None:

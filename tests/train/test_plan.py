@@ -11,27 +11,25 @@ from shared import config as configs
 from shared.device import peak_memory
 from shared.errors import ConfigError
 from shared.store import Store
-from tests.build import make_store
+from tests import cases
 from train import plan, prepare
 from train.config import TrainConfig
 from train.plan import Cost, costs, parted, passes, require_memory, taken, trial
 from train.prepare import Ready, ready
 from train.scale import Scale
 
-ASKED: dict[str, Any] = {
-    "wiring": {"latents": 8}, "method": {"name": "topk", "k": 3}, "steps": 4, "batch": 16, "device": "cpu",
-    "threads": 1,
-}  # fmt: skip
 MB = 10**6
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return make_store(tmp_path_factory.mktemp("plan") / "pair.zarr", rows=300, chunk_rows=16, documents=20)
+    return cases.small_store(tmp_path_factory.mktemp("plan"))
 
 
 def made(store: Store, *changes: dict[str, Any]) -> list[Ready]:
-    return ready(store, [configs.parse(TrainConfig, configs.override(ASKED, configs.settings(c))) for c in changes])
+    return ready(
+        store, [configs.parse(TrainConfig, configs.override(cases.MOMENT, configs.settings(c))) for c in changes]
+    )
 
 
 def test_the_state_is_that_of_weights_and_two_moments_and_the_disk_holds_it_and_one_more(store: Store) -> None:

@@ -12,35 +12,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import config as configs
 from shared.errors import ConfigError, Stopped, one_line
 from shared.store import Store
-from tests.build import make_store
+from tests import cases
 from train import spread
-from train.config import TrainConfig
 from train.fit import fit, sweep
-from train.prepare import Ready, ready
 from train.run import begin, claim, finished
 
-ASKED: dict[str, Any] = {
-    "wiring": {"latents": 8}, "method": {"name": "topk", "k": 3}, "steps": 20, "batch": 16, "device": "cpu",
-    "threads": 1,
-}  # fmt: skip
+ASKED: dict[str, Any] = {**cases.MOMENT, "steps": 20}
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return make_store(tmp_path_factory.mktemp("spread") / "pair.zarr", rows=300, chunk_rows=16, documents=20)
-
-
-def made(store: Store, *changes: dict[str, Any]) -> list[Ready]:
-    return ready(store, [configs.parse(TrainConfig, {**ASKED, **one}) for one in changes])
+    return cases.small_store(tmp_path_factory.mktemp("spread"))
 
 
 def claimed(store: Store, place: Path, *changes: dict[str, Any]) -> list[Path]:
     """Folders of runs that have not begun."""
     folders = []
-    for n, run in enumerate(made(store, *changes)):
+    for n, run in enumerate(cases.ready(store, *({"steps": 20, **one} for one in changes))):
         folders.append(claim(place / str(n), run.config))
         begin(folders[-1], store, run.sources)
     return folders
@@ -50,7 +40,7 @@ def claimed(store: Store, place: Path, *changes: dict[str, Any]) -> list[Path]:
 def test_every_run_has_a_device_and_no_device_much_more_than_the_others(
     store: Store, steps: list[int], count: int
 ) -> None:
-    parts = spread.shares(made(store, *({"steps": one} for one in steps)), count)
+    parts = spread.shares(cases.ready(store, *({"steps": one} for one in steps)), count)
     assert sorted(n for part in parts for n in part) == list(range(len(steps)))
     assert len(parts) == min(count, len(steps))
     sums = [sum(steps[n] for n in part) for part in parts]

@@ -20,7 +20,7 @@ from shared.errors import (
     one_line,
 )
 from shared.store import Store
-from tests.build import make_store
+from tests import cases
 from train import measure as measures
 from train import plan, prepare
 from train.config import TrainConfig
@@ -49,7 +49,7 @@ FAILING = 6
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return make_store(tmp_path_factory.mktemp("together") / "pair.zarr", rows=300, chunk_rows=16, documents=20)
+    return cases.small_store(tmp_path_factory.mktemp("together"))
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_another_error_is_our_own_and_is_not_hidden(
 
 
 def test_a_store_that_changes_ends_all(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = make_store(tmp_path / "pair.zarr", rows=300, chunk_rows=16, documents=20)
+    changed = cases.small_store(tmp_path)
     update = Trainer.update
 
     def reseal(self: Trainer, x: Any) -> Any:
@@ -223,7 +223,7 @@ def test_a_store_that_changes_ends_all(store: Store, tmp_path: Path, monkeypatch
 
 
 def test_a_store_with_a_value_that_is_not_finite_is_blamed_with_its_row(tmp_path: Path) -> None:
-    damaged = make_store(tmp_path / "pair.zarr", rows=300, chunk_rows=16, documents=20)
+    damaged = cases.small_store(tmp_path)
     ready = prepare.ready(damaged, [configs.parse(TrainConfig, BASE)])[0]
     row = int(ready.order.step(4, 16).min())
     shard, local = divmod(row, damaged.shard_rows)
