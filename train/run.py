@@ -125,12 +125,11 @@ def finished(folder: Path) -> bool:
 
 
 def ended(folder: Path, log: Path) -> TrainingError:
-    """Why a run that another process trained is not finished: its own last word, or where that process's stand."""
-    lines = (
-        (folder / report.METRICS).read_text(encoding="utf-8").splitlines() if (folder / report.METRICS).exists() else []
-    )
-    last = json.loads(lines[-1]) if lines else {}
-    return TrainingError("the run ended", last.get("error", "before its end"), f"See {log}")
+    """Why a run that another process trained is not finished: its own last word, or that it had none."""
+    with suppress(OSError, ValueError, IndexError, KeyError):  # a process that was killed may leave half a line
+        last = json.loads((folder / report.METRICS).read_text(encoding="utf-8").splitlines()[-1])
+        return TrainingError("the run failed", last["error"], f"See {log}")
+    return TrainingError("the run was broken off", folder, f"See {log}")
 
 
 def kept_step(folder: Path) -> int:

@@ -5,9 +5,7 @@ import multiprocessing
 import os
 import random
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from multiprocessing.context import ForkServerProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,11 @@ from shared import files
 from shared.errors import one_line
 from shared.store import Store
 from tests.harvest.pair import config, harvest, tree
+from tests.killed import begun, killed
 
 KILLS = 25
+FAMILIES = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "gemma3")]
+IMPORTED = ["tests.harvest.test_survival", *FAMILIES, "pydoc_data.topics"]
 
 
 def run(asked: HarvestConfig) -> None:
@@ -30,39 +31,27 @@ def run(asked: HarvestConfig) -> None:
     harvest(asked)
 
 
-def begun(asked: HarvestConfig) -> ForkServerProcess:
-    """A process that harvests, forked from one that has imported torch and done nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    families = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "gemma3")]
-    context.set_forkserver_preload(["tests.harvest.test_survival", *families, "pydoc_data.topics"])
-    process = context.Process(target=run, args=(asked,))
-    process.start()
-    return process
-
-
 def nothing_left(path: Path) -> bool:
     return not list(path.parent.rglob("*.partial")) and not lock.folder_of(path).exists()
 
 
 def test_kill_9_at_random_moments(home: Path, pair: Store, tmp_path: Path) -> None:
+    def units() -> int:
+        return len(list(path.glob("receipts/0*"))) if path.exists() else -1
+
     expected, chance = tree(pair.path), random.Random(0)
-    begun(config(home, tmp_path / "first.zarr")).join()  # the server has to import torch
-    started = time.monotonic()
-    whole = begun(config(home, tmp_path / "whole.zarr"))
+    whole = begun(IMPORTED, run, config(home, tmp_path / "whole.zarr"))
     whole.join()
-    takes_s = time.monotonic() - started
     assert (whole.exitcode, tree(tmp_path / "whole.zarr")) == (0, expected)
     kills = number = 0
     reached = set()  # how many units there were when it was killed
     while kills < KILLS:
         path = tmp_path / f"{number}.zarr"
-        process = begun(config(home, path))
-        process.join(chance.uniform(0, takes_s))
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+        moment = chance.randint(units(), 8)
+        process = begun(IMPORTED, run, config(home, path))
+        if killed(process, lambda: units() >= moment, chance.uniform(0, 0.5 if moment < 0 else 0.05)):  # noqa: B023
             kills += 1
-            reached.add(len(list(path.glob("receipts/0*"))) if path.exists() else -1)
+            reached.add(units())
         if (path / "sealed").exists() or kills % 5 == 0:
             assert tree(harvest(config(home, path)).path) == expected
             assert nothing_left(path)

@@ -133,3 +133,21 @@ with run.held(Path({str(tmp_path)!r})):
     with run.held(tmp_path):  # what a killed process held is free
         pass
     assert (tmp_path / report.CONFIG).read_text() == "steps = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "word"),
+    [
+        ('{"event": "failed", "step": 3, "error": "no memory"}\n', "the run failed: no memory"),
+        ('{"event": "step", "step": 3}\n{"event": "st', "the run was broken off"),
+        ('{"event": "step", "step": 3}\n', "the run was broken off"),
+        ("", "the run was broken off"),
+        (None, "the run was broken off"),
+    ],
+)
+def test_a_run_of_another_process_that_did_not_finish_is_told_by_its_last_word(
+    tmp_path: Path, log: str | None, word: str
+) -> None:
+    if log is not None:
+        (tmp_path / report.METRICS).write_text(log)
+    assert str(run.ended(tmp_path, tmp_path / "gpu-0.log")).startswith(word)

@@ -1,11 +1,9 @@
 """A run that is killed at any moment goes on to the same weights, to the bit, and leaves nothing behind."""
 
-import multiprocessing
+import json
 import random
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import suppress
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,13 @@ from shared.errors import CheckpointError
 from shared.store import Store
 from tests import cases
 from tests.build import make_store
-from train import checkpoint, report
+from tests.killed import begun, killed
+from train import report
 from train.fit import fit, resume, resume_sweep, sweep
+from train.run import kept_step
 
 KILLS = 10
+IMPORTED = ["tests.train.test_survival"]
 ASKED: dict[str, Any] = {
     "wiring": {"kind": "dedicated", "latents": 256}, "steps": 400, "batch": 64, "threads": 1, "device": "cpu",
     "log": {"every": 3, "checkpoint": 20}, "optimiser": {"lr": 1e-2, "warmup": 5},
@@ -33,13 +34,16 @@ def begin_or_go_on(store: Path, name: str, folder: Path) -> None:
         fit(store, {**ASKED, "method": {"name": name}}, folder, quiet=True)
 
 
-def begun(*given: Any, target: Callable[..., None] = begin_or_go_on) -> ForkServerProcess:
-    """A process that trains, forked from one that has imported torch and done nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.test_survival"])
-    process = context.Process(target=target, args=given)
-    process.start()
-    return process
+def step(logs: Iterable[Path]) -> int:
+    """The last step that stands in a log; -1 before there is one."""
+    last = -1
+    for log in logs:
+        for line in log.read_text().splitlines()[::-1]:
+            with suppress(ValueError):  # a line that is being written
+                if "step" in (event := json.loads(line)):
+                    last = max(last, event["step"])
+                    break
+    return last
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -51,25 +55,19 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     store = make_store(tmp_path / "pair.zarr", rows=2000, sources={"a": 24, "b": 16}, documents=40).path
     assert Store.open(store).rows == 2000
-    chance, reached, kills = random.Random(0), set(), 0
-    takes_s = 0.0
     for name in cases.names():
-        started = time.monotonic()
-        whole = begun(store, name, tmp_path / name)
+        whole = begun(IMPORTED, begin_or_go_on, store, name, tmp_path / name)
         whole.join()
         assert whole.exitcode == 0
-        takes_s = time.monotonic() - started  # of the last: the server has to import torch for the first
-    number = 0
+    chance, reached, kills, number = random.Random(0), set(), 0, 0
     while kills < KILLS:
         name, folder = cases.names()[number % len(cases.names())], tmp_path / f"run-{number}"
-        for _ in range(2):  # in the beginning, and when it goes on
-            process = begun(store, name, folder)
-            process.join(chance.uniform(0, takes_s))
-            if process.exitcode is None:
-                process.kill()
-                process.join()
+        moments = sorted(chance.sample(range(-1, ASKED["steps"]), 2))  # in the beginning, and when it goes on
+        for moment in moments:
+            process = begun(IMPORTED, begin_or_go_on, store, name, folder)
+            if killed(process, lambda: step(folder.glob(report.METRICS)) >= moment, chance.uniform(0, 0.05)):  # noqa: B023
                 kills += 1
-                reached.add(len(checkpoint.steps(folder / "checkpoints")) and _step(folder))
+                reached.add(kept_step(folder))
         if (folder / report.CONFIG).exists() and not (folder / report.STORE).exists():
             continue
         begin_or_go_on(store, name, folder)
@@ -77,10 +75,6 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
         assert not list(folder.rglob("*.partial"))
         number += 1
     assert len(reached) >= 4  # it was killed before the first checkpoint and behind several
-
-
-def _step(folder: Path) -> int:
-    return int(checkpoint.steps(folder / "checkpoints")[-1].name.removeprefix("step_"))
 
 
 SWEEP = {**ASKED, "steps": 80, "sweep": {"runs": [{"method.name": name} for name in cases.names()]}}
@@ -97,20 +91,15 @@ def sweep_or_go_on(store: Path, place: Path) -> None:
 
 def test_kill_9_of_a_sweep(tmp_path: Path) -> None:
     store = make_store(tmp_path / "pair.zarr", rows=2000, sources={"a": 24, "b": 16}, documents=40).path
-    started = time.monotonic()
-    whole = begun(store, tmp_path / "whole", target=sweep_or_go_on)
+    whole = begun(IMPORTED, sweep_or_go_on, store, tmp_path / "whole")
     whole.join()
-    takes_s, chance, kills, number = time.monotonic() - started, random.Random(1), 0, 0
     assert whole.exitcode == 0
+    chance, kills, number = random.Random(1), 0, 0
     while kills < 2:
         place, number = tmp_path / f"sweep-{number}", number + 1
-        for _ in range(2):
-            process = begun(store, place, target=sweep_or_go_on)
-            process.join(chance.uniform(0.3, 1) * takes_s)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                kills += 1
+        for moment in sorted(chance.sample(range(-1, SWEEP["steps"]), 2)):
+            process = begun(IMPORTED, sweep_or_go_on, store, place)
+            kills += killed(process, lambda: step(place.glob(f"*/{report.METRICS}")) >= moment, chance.uniform(0, 0.05))  # noqa: B023
         if not (place / "sweep.json").exists():
             continue
         with suppress(CheckpointError):
