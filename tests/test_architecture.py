@@ -76,6 +76,7 @@ MODULES: dict[str, dict[str, str]] = {
         "cli": "harvest run | plan | sites, and those of upkeep",
     },
     "train": {
+        "chance": "random numbers of a key: permutations, draws",
         "order": "pure: (seed, step) -> the rows of a batch: shuffled, in file order, in groups; resume is one integer",
         "weights": "how many rows each store of a mixture gives, and which",
         "filter": "which rows of a store a run learns from, and what dropped the others",

@@ -7,12 +7,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
+import numpy as np
 import torch
 
 from shared import layout
@@ -21,8 +23,8 @@ from train.order import Stream
 from train.reader import Reader
 from train.sources import Sources
 
-SLOTS = 4  # batches that are loaded ahead
-PIECE_BYTES = 2**20  # of a source's rows that are gathered before they are cast, on the CPU
+SLOTS = 3  # batches that are loaded ahead: one that is used, one that travels, one that is gathered
+PIECE_BYTES = 2**21  # of a source's rows that are gathered before they are cast, on the CPU
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ class Feed(ABC):
 
 
 class Slot:
-    """The buffers of one batch: `x` in the store's type, a piece of it at a time, and the floats made of them.
+    """The buffers of one batch: `x` in the store's type, and the floats made of them, where they are used again.
 
-    With CUDA a piece is the whole batch, pinned, and `read` says when the device has read it. On the CPU it is as much
-    as a processor's cache holds, so that its rows are cast before they leave it. `floats`: where they are used again.
+    With CUDA `x` holds the whole batch, pinned, and `read` says when the device has read it. On the CPU it holds a
+    piece of one source at a time, so that its rows are cast before they leave the processor's cache.
     """
 
     def __init__(
@@ -69,14 +71,25 @@ class Slot:
     ) -> None:  # fmt: skip
         cuda = device.type == "cuda"
         self._device = device
-        self.piece = batch if cuda else min(batch, max(1, PIECE_BYTES // (dtype.itemsize * max(stored.values()))))
-        self.x = {name: torch.empty(self.piece, width, dtype=dtype, pin_memory=cuda) for name, width in stored.items()}
+        if cuda:
+            self.x = {name: torch.empty(batch, width, dtype=dtype, pin_memory=True) for name, width in stored.items()}
+        else:
+            piece = torch.empty(max(PIECE_BYTES // dtype.itemsize, *stored.values()), dtype=dtype)
+            rows = {name: min(batch, len(piece) // width) for name, width in stored.items()}
+            self.x = {name: piece[: rows[name] * width].view(-1, width) for name, width in stored.items()}
         self.arrays = {name: layout.stored(x_BD) for name, x_BD in self.x.items()}
         self.read = torch.cuda.Event(blocking=True) if cuda else None
         self.floats = {name: torch.empty(batch, width) for name, width in widths.items()} if reuse and not cuda else {}
 
-    def sent(self) -> None:
-        """What copies from `x` has been queued on the device."""
+    def fill(self, reader: Reader, rows_B: np.ndarray, put: Callable[[str, torch.Tensor, slice], object]) -> None:
+        """Gather these rows and put(source, [part of B, D], which part) each part; its copy may be under way after."""
+        self.wait()
+        for name, x_BD in self.x.items():
+            for start in range(0, len(rows_B), len(x_BD)):
+                part = slice(start, min(start + len(x_BD), len(rows_B)))
+                rows = part.stop - start
+                reader.gather(rows_B[part], {name: self.arrays[name][:rows]})
+                put(name, x_BD[:rows], part)
         if self.read is not None:
             self.read.record(torch.cuda.current_stream(self._device))
 
@@ -114,7 +127,7 @@ class Loader(Feed):
         self._behind = (slots - 1) * world * batch  # rows of the stream that may still be loaded when a batch begins
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._drawing = threading.Lock()
-        self._asked = self._passed = -1  # how far in the line of blocks; none yet
+        self._asked = self._passed = self._opened = -1  # how far in the line of blocks; none yet
         self._steps = iter(steps)
         self._flying: deque[tuple[Future[Rows], Slot]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="granary-loader")
@@ -174,21 +187,21 @@ class Loader(Feed):
     # --- in the threads -----------------------------------------------------------------------------------------
 
     def _load(self, step: int, slot: Slot) -> Rows:
-        slot.wait()
         with self._drawing:  # else several threads would permute the same window at once
+            position = (step * self.world + self.rank) * self.batch
             rows_B = self.order.served(step, self.batch, self.rank, self.world)
-            coming, passed = self._reach((step * self.world + self.rank) * self.batch)
+            coming, passed = self._reach(position)
             # In the order of steps, so that nothing is given back before it was asked for.
             self._reader.will_need(*self.order.reads(coming.start, coming.stop))
             self._reader.forget(*self.order.reads(passed.start, passed.stop))
+            opened, self._opened = self._opened, self.order.opened(position)
+            if self._opened != opened:
+                self._pool.submit(self.order.prepare, position)
         with self._copying():
             x = {name: x_BD[: len(rows_B)] for name, x_BD in slot.floats.items()} or {
                 name: torch.empty(len(rows_B), w, device=self.device) for name, w in self._sources.widths.items()
             }
-            for start in range(0, len(rows_B), slot.piece):
-                part_B = rows_B[start : start + slot.piece]
-                self._reader.gather(part_B, {name: x_BD[: len(part_B)] for name, x_BD in slot.arrays.items()})
-                self._send(slot, {name: x_BD[start : start + slot.piece] for name, x_BD in x.items()})
+            slot.fill(self._reader, rows_B, partial(self._send, x))
         return Rows(x, torch.from_numpy(rows_B))
 
     def _reach(self, position: int) -> tuple[range, range]:
@@ -206,13 +219,9 @@ class Loader(Feed):
         self._passed = max(passed, order.front(max(position - self._behind, 0)) - window)
         return range(asked, self._asked), range(passed, self._passed)
 
-    def _send(self, slot: Slot, x: dict[str, torch.Tensor]) -> None:
-        """Copy a piece to the device and make floats of it there, so that half the bytes travel."""
-        rows = len(next(iter(x.values())))
-        for name in self._sources.stored:
-            stored_BD = slot.x[name][:rows].to(self.device, non_blocking=self._stream is not None)
-            self._sources.put(name, stored_BD, x)
-        slot.sent()
+    def _send(self, x: dict[str, torch.Tensor], name: str, stored_BD: torch.Tensor, part: slice) -> None:
+        """Copy a part of a source to the device and make floats of it there, so that half the bytes travel."""
+        self._sources.put(name, stored_BD.to(self.device, non_blocking=True), x, part)
 
     def _copying(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -1,21 +1,19 @@
 """The order in which rows are served: arithmetic over one stream of kept rows.
 
-Letters: N rows of the store, X blocks, W windows of an epoch, B rows of a batch, T rows of a group.
+Letters: N rows of the store, X blocks, R rows of a block, W windows of an epoch, B rows of a batch, T rows of a group.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from shared.errors import StoreError
+from train.chance import BLOCKS, ROWS, SAMPLE, distinct, keyed, permutation, permuted
 
 MOST_COMPANIONS = 0.5
-SAMPLE_ITEMS = 2**22  # items of the working arrays of `sample` and `drawn`: 32 MiB each
-MASK = 2**64 - 1
-BLOCKS, ROWS, SAMPLE, SHARE = range(4)  # what a key is for
+SAMPLE_ITEMS = 2**22  # items of the working arrays of `sample`: 32 MiB each
 
 
 class Stream(ABC):
@@ -34,6 +32,10 @@ class Stream(ABC):
 
         Sorted as a batch has them, so that a file is read from front to back.
         """
+
+    @abstractmethod
+    def prepare(self, position: int) -> None:
+        """Work out beforehand what rows behind the window of `position` need, so that `served` has it at hand."""
 
     @abstractmethod
     def opened(self, position: int) -> int:
@@ -91,6 +93,11 @@ class Order(Stream):
             start += len(parts[-1])
         return np.concatenate(parts)
 
+    def prepare(self, position: int) -> None:
+        epoch, window, _ = self._place(position)
+        last = (window + 1) * self.window_blocks >= self.blocks
+        self._window(*((epoch + 1, 0) if last else (epoch, window + 1)))
+
     def opened(self, position: int) -> int:
         """The first block of the window that is open at `position`."""
         epoch, window, _ = self._place(position)
@@ -120,7 +127,7 @@ class Order(Stream):
 
     def sample(self, n: int, seed: int) -> np.ndarray:
         """`n` kept rows (all, where fewer are kept), drawn evenly without replacement, in ascending order, int64."""
-        ranks = _distinct(_key(seed, SAMPLE), min(n, self.kept), self.kept)
+        ranks = distinct(keyed(seed, SAMPLE), min(n, self.kept), self.kept)
         slice_ = max(1, SAMPLE_ITEMS // self.block_rows)
         parts = [self._in_blocks.select(ranks[i : i + slice_]) for i in range(0, len(ranks), slice_)]
         return np.concatenate([np.empty(0, np.int64), *parts])
@@ -134,14 +141,14 @@ class Order(Stream):
 
     def _make_epoch(self, epoch: int) -> "_Epoch":
         # The smallest type, since a store of terabytes has tens of millions of blocks.
-        blocks_X = permutation(_key(self.seed, BLOCKS, epoch), self.blocks).astype(np.min_scalar_type(self.blocks))
+        blocks_X = permutation(keyed(self.seed, BLOCKS, epoch), self.blocks).astype(np.min_scalar_type(self.blocks))
         counts_W = np.add.reduceat(self._in_blocks.counts_X[blocks_X], np.arange(0, self.blocks, self.window_blocks))
         return _Epoch(blocks_X, np.cumsum(np.concatenate([[0], counts_W])))
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
         first = window * self.window_blocks
         rows = self._in_blocks.rows(self._epoch(epoch).blocks_X[first : first + self.window_blocks])
-        return rows[permutation(_key(self.seed, ROWS, epoch, window), len(rows))]
+        return permuted(keyed(self.seed, ROWS, epoch, window), rows)
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,9 @@ class FileOrder(Stream):
         start = (step * world + rank) * batch
         return self._in_blocks.select(np.arange(start, min(start + batch, self.kept)))
 
+    def prepare(self, position: int) -> None:
+        """Nothing: what a batch needs is found with it."""
+
     def opened(self, position: int) -> int:
         return self.front(position)
 
@@ -200,6 +210,9 @@ class Groups(Stream):
         assert batch % self.length == 0
         firsts = self._firsts.served(step, batch // self.length, rank, world)
         return (firsts[:, None] + np.arange(self.length)).ravel()
+
+    def prepare(self, position: int) -> None:
+        self._firsts.prepare(position // self.length)
 
     def opened(self, position: int) -> int:
         return self._firsts.opened(position // self.length)
@@ -242,7 +255,10 @@ class _InBlocks:
     """The kept rows, counted by blocks of `block_rows`."""
 
     def __init__(self, kept_N: np.ndarray, block_rows: int) -> None:
-        self._kept_N, self._block_rows = kept_N, block_rows
+        self._block_rows, whole = block_rows, len(kept_N) // block_rows
+        self._kept_XR = kept_N[: whole * block_rows].reshape(-1, block_rows)  # of the whole blocks
+        self._last_R = np.zeros(block_rows, bool)  # of the one that may be shorter
+        self._last_R[: len(kept_N) - whole * block_rows] = kept_N[whole * block_rows :]
         starts_X = np.arange(0, len(kept_N), block_rows)
         self.counts_X = np.add.reduceat(kept_N, starts_X, dtype=np.int64) if len(kept_N) else starts_X
         self.ends_X = np.cumsum(self.counts_X)
@@ -256,9 +272,11 @@ class _InBlocks:
 
     def rows(self, blocks_X: np.ndarray) -> np.ndarray:
         """The kept rows of these blocks, block after block."""
-        rows = (blocks_X.astype(np.int64)[:, None] * self._block_rows + np.arange(self._block_rows)).ravel()
-        rows = rows[rows < len(self._kept_N)]
-        return rows[self._kept_N[rows]]
+        kept_XR = np.empty((len(blocks_X), self._block_rows), bool)
+        whole_X = blocks_X < len(self._kept_XR)
+        kept_XR[whole_X], kept_XR[~whole_X] = self._kept_XR[blocks_X[whole_X]], self._last_R
+        moved_X = (blocks_X.astype(np.int64) - np.arange(len(blocks_X))) * self._block_rows
+        return np.flatnonzero(kept_XR) + np.repeat(moved_X, self.counts_X[blocks_X])
 
     def select(self, ranks: np.ndarray) -> np.ndarray:
         """The rows that are number `ranks` among the kept rows."""
@@ -272,54 +290,6 @@ class _InBlocks:
         """(first row, number of rows) of those of these blocks that keep any."""
         found = blocks_X[self.counts_X[blocks_X] > 0]
         return found.astype(np.int64) * self._block_rows, np.full(len(found), self._block_rows)
-
-
-def permutation(key: int, n: int) -> np.ndarray:
-    """A permutation of range(n), int64, that depends on `key` alone, not on the version of any library.
-
-    The numbers stand in the low bits of their own random numbers: sorting values takes a tenth of the time of argsort.
-    """
-    index = np.arange(n, dtype=np.uint64)
-    low = np.uint64((1 << max(n - 1, 0).bit_length()) - 1)
-    mixed = splitmix64(key, index) & ~low | index
-    mixed.sort()
-    return (mixed & low).view(np.int64)
-
-
-def drawn(n: int, total: int, seed: int) -> np.ndarray:
-    """Which `n` of `total` are drawn evenly without replacement: a mask.
-
-    They have the smallest random numbers: no two are alike, as SplitMix64 is a bijection. So those of a smaller n are
-    among those of a larger one. The memory is that of the mask, and a few pieces of SAMPLE_ITEMS.
-    """
-    assert 0 <= n <= total
-    if n in (0, total):
-        return np.full(total, n > 0)
-    key = _key(seed, SHARE)
-
-    def numbers() -> Iterator[np.ndarray]:
-        for start in range(0, total, SAMPLE_ITEMS):
-            yield splitmix64(key, np.arange(start, min(start + SAMPLE_ITEMS, total)))
-
-    below = np.cumsum(sum(np.bincount(_high(part), minlength=2**16) for part in numbers()))
-    last = int(np.searchsorted(below, n))  # the high bits of the largest number that is drawn
-    candidates = np.concatenate([part[_high(part) == last] for part in numbers()])
-    rank = n - 1 - (int(below[last - 1]) if last else 0)
-    largest = np.partition(candidates, rank)[rank]
-    return np.concatenate([part <= largest for part in numbers()])
-
-
-def _high(numbers: np.ndarray) -> np.ndarray:
-    """The upper 16 bits."""
-    return (numbers >> np.uint64(48)).astype(np.int64)
-
-
-def splitmix64(key: int, index: np.ndarray) -> np.ndarray:
-    """Output number `index` of the generator SplitMix64 seeded with `key` (Steele, Lea and Flood 2014), uint64."""
-    z = (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def default_window_blocks(batch: int) -> int:
@@ -352,21 +322,3 @@ def own_document(order: Order, starts_n: np.ndarray, batch: int) -> float:
     share = (order.window_blocks - 1) / max(order.blocks - 1, 1)
     window = order.kept * order.window_blocks / order.blocks
     return (near + far * share) * (batch - 1) / max(window - 1, 1)
-
-
-def _key(*parts: int) -> int:
-    key = 0
-    for part in parts:
-        key = int(splitmix64((key + part) & MASK, np.zeros(1))[0])
-    return key
-
-
-def _distinct(key: int, n: int, total: int) -> np.ndarray:
-    """`n` distinct numbers below `total`, ascending, in time and memory O(n)."""
-    if 4 * n >= total:
-        return np.sort(permutation(key, total)[:n])
-    draws, found, first = n, np.empty(0, np.uint64), np.empty(0, np.int64)
-    while len(found) < n:
-        draws *= 2
-        found, first = np.unique(splitmix64(key, np.arange(draws)) % np.uint64(total), return_index=True)
-    return np.sort(found[np.argsort(first)[:n]]).astype(np.int64)

@@ -6,6 +6,7 @@ Letters: K kept rows, B rows of a batch, D width of a source.
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -88,26 +89,21 @@ class Held(Feed):
 
 def _copied(reader: Reader, rows_K: np.ndarray, block_rows: int, device: torch.device) -> dict[str, Tensor]:
     """These rows as they are stored, on the device: {source: [K, D]}. One piece is read while another one travels."""
-    dtype, most = reader.store.dtype, COPY_BYTES // (reader.dtype.itemsize * max(reader.widths.values()))
-    slots = [Slot(reader.widths, {}, dtype, max(1, min(most, len(rows_K))), device, reuse=False) for _ in range(2)]
+    dtype, most = reader.store.dtype, max(1, COPY_BYTES // (reader.dtype.itemsize * max(reader.widths.values())))
+    slots = [Slot(reader.widths, {}, dtype, min(most, len(rows_K)), device, reuse=False) for _ in range(2)]
     x = {name: torch.empty(len(rows_K), width, dtype=dtype, device=device) for name, width in reader.widths.items()}
-    pieces = [slice(at, min(at + slots[0].piece, len(rows_K))) for at in range(0, len(rows_K), slots[0].piece)]
+    pieces = [slice(at, at + most) for at in range(0, len(rows_K), most)]
     blocks = [np.unique(rows_K[piece] // block_rows) * block_rows for piece in pieces]
     reader.will_need(blocks[0], block_rows)
     for number, piece in enumerate(pieces):
         for coming in blocks[number + 1 : number + 2]:
             reader.will_need(coming, block_rows)
-        _copy(reader, rows_K[piece], slots[number % 2], {name: x_KD[piece] for name, x_KD in x.items()})
+        slots[number % 2].fill(reader, rows_K[piece], partial(_copy, {name: x_KD[piece] for name, x_KD in x.items()}))
         reader.forget(blocks[number], block_rows)
     for slot in slots:
         slot.wait()
     return x
 
 
-def _copy(reader: Reader, rows_B: np.ndarray, slot: Slot, x: dict[str, Tensor]) -> None:
-    """Fill `x` with these rows as soon as the slot is free, and go on while they travel."""
-    slot.wait()
-    reader.gather(rows_B, {name: rows_BD[: len(rows_B)] for name, rows_BD in slot.arrays.items()})
-    for name, x_BD in x.items():
-        x_BD.copy_(slot.x[name][: len(rows_B)], non_blocking=True)
-    slot.sent()
+def _copy(x: dict[str, Tensor], name: str, stored_BD: Tensor, part: slice) -> None:
+    x[name][part].copy_(stored_BD, non_blocking=True)

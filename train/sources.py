@@ -14,6 +14,7 @@ from shared.errors import ConfigError, StoreError
 from shared.view import View
 
 MINUS = " - "  # no stored source has a space in its name (harvest.config)
+WHOLE = slice(None)
 
 
 def difference(source: str, other: str) -> str:
@@ -87,8 +88,8 @@ class Sources:
             self.put(part, stored[part], x)
         return x
 
-    def put(self, part: str, stored_BD: Tensor, x: Mapping[str, Tensor]) -> None:
-        """Put one stored source into all rows `x` that are made of it. Called for each of `stored` in their order.
+    def put(self, part: str, stored_BD: Tensor, x: Mapping[str, Tensor], at: slice = WHOLE) -> None:
+        """Put one stored source into all that is made of it, rows `at` of `x`. Called for each of `stored` in order.
 
         One at a time, so that a device holds one copy of what was stored beside what is made. What is already there
         counts for nothing: the first source that is put into a row overwrites it.
@@ -97,12 +98,13 @@ class Sources:
             if part not in made_of:
                 continue
             factor = self._factors[part] * (1.0 if part == made_of[0] else -1.0)
+            x_BD = x[name][at]
             if part == min(made_of, key=self.stored.index):
-                x[name].copy_(stored_BD)
+                x_BD.copy_(stored_BD)
                 if factor != 1.0:
-                    x[name].mul_(factor)
+                    x_BD.mul_(factor)
             else:
-                x[name].add_(stored_BD, alpha=factor)
+                x_BD.add_(stored_BD, alpha=factor)
 
     def mean(self, name: str, stored: Mapping[str, np.ndarray]) -> np.ndarray:
         """The mean of a source, [D], of those of the stored sources over the same rows."""

@@ -13,7 +13,7 @@ from shared import config
 from shared.errors import ConfigError
 from shared.remote import name_of
 from shared.view import View
-from train.order import drawn
+from train.chance import drawn
 
 
 def of_stores(store: View, weights: Mapping[str, float]) -> list[float]:

@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from shared.reading import Access
 from shared.store import Store
 from tests import memory
-from tests.benchmarks.loader import SLOTS
 from tests.benchmarks.pairs import machine
 from tests.build import make_store
 from train.loader import Loader
@@ -47,7 +46,7 @@ def measure(store: Store, order: Order, limit: int) -> None:
     steps = range(2 * store.rows // BATCH)
     began, most, own = time.perf_counter(), 0, 0
     dropping = store.through(Access(drops=True))  # as a run reads a store that does not fit
-    with Loader(dropping, names, order, BATCH, steps, torch.device("cpu"), 2, SLOTS, reuse=True) as loader:
+    with Loader(dropping, names, order, BATCH, steps, torch.device("cpu"), 2, reuse=True) as loader:
         for number, _ in enumerate(loader):
             if number % 20 == 0:
                 most = max(most, memory.mapped("x.zarr/activations") // 1000)

@@ -28,9 +28,8 @@ from train.loader import Loader
 from train.order import Order
 from train.prepare import order_of
 
-BATCH, BATCHES, ROWWISE = 4096, 96, 12  # the last: batches of what takes a row a call
+BATCH, BATCHES, ROWWISE = 4096, 384, 12  # the last: batches of what takes a row a call
 LIMITS = {"memory": 0.9, "torch": 20.0}
-SLOTS = 4
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def compare(store: Store, order: Order, threads: int) -> None:
     title = f"{store.rows:,} rows of {' + '.join(map(str, widths.values()))}, {order.kept:,} kept"
     rows = [torch.from_numpy(order.step(step, BATCH)) for step in range(BATCHES)]
     steps = range(10**6)  # the rest are never served
-    endless = Loader(store, names, order, BATCH, steps, torch.device("cpu"), threads, SLOTS, reuse=True)
+    endless = Loader(store, names, order, BATCH, steps, torch.device("cpu"), threads, reuse=True)
     batches = iter(endless)
 
     def loaded() -> None:

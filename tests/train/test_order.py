@@ -12,19 +12,14 @@ from hypothesis import strategies as st
 from shared.errors import StoreError
 from train import order as orders_of
 from train.order import (
-    SHARE,
     FileOrder,
     Groups,
     Order,
     Stream,
-    _key,
     companions,
     default_window_blocks,
-    drawn,
     group_starts,
     own_document,
-    permutation,
-    splitmix64,
 )
 
 
@@ -59,51 +54,14 @@ def streams(draw: st.DrawFn) -> tuple[Stream, int]:
     return (one if length == 1 else Groups(one, length)), length
 
 
-def test_splitmix64_gives_the_numbers_of_its_reference() -> None:
-    # splitmix64.c by S. Vigna, seed 1234567: the first five outputs, as published at
-    # https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64
-    expected = [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-        4593380528125082431,
-        16408922859458223821,
-    ]
-    assert splitmix64(1234567, np.arange(5)).tolist() == expected
-
-
-@given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2**40))
-@settings(deadline=None)
-def test_so_many_are_drawn_and_fewer_of_the_same(n: int, total: int, seed: int) -> None:
-    n = min(n, total)
-    mask = drawn(n, total, seed)
-    assert mask.dtype == bool and len(mask) == total and mask.sum() == n
-    assert not (drawn(n // 2, total, seed) & ~mask).any()
-
-
-@pytest.mark.parametrize("piece", [1, 7, 100_000])
-def test_the_smallest_numbers_are_drawn_whatever_the_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orders_of, "SAMPLE_ITEMS", piece)
-    numbers = splitmix64(_key(3, SHARE), np.arange(1000))
-    for n in (1, 2, 500, 999):
-        assert np.array_equal(np.flatnonzero(drawn(n, 1000, 3)), np.sort(np.argsort(numbers)[:n]))
-
-
-def test_what_is_drawn_is_spread_evenly() -> None:
-    mask = drawn(30_000, 100_000, seed=0)
-    tenths = mask.reshape(10, 10_000).sum(1)  # 46 is the standard deviation of each
-    assert np.abs(tenths - 3000).max() < 230 and abs(int(mask[::2].sum()) - 15_000) < 370
-    assert abs(int((mask[1:] & mask[:-1]).sum()) - 9000) < 400  # neighbours know nothing of each other
-
-
-def test_another_seed_draws_others() -> None:
-    assert len({drawn(50, 100, seed).tobytes() for seed in range(5)}) == 5
-
-
-@given(st.integers(0, 2**64 - 1), st.integers(0, 300))
-@settings(deadline=None)
-def test_a_permutation_holds_every_number_once(key: int, n: int) -> None:
-    assert sorted(permutation(key, n).tolist()) == list(range(n))
+@pytest.mark.parametrize("position", [0, 7, 15, 19, 20, 36])
+def test_the_next_window_is_at_hand_when_it_was_prepared(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, order = (Order(np.ones(20, bool), block_rows=2, window_blocks=4, seed=0) for _ in range(2))
+    behind = next(start for start in (8, 16, 20, 28, 36, 40) if start > position)  # windows of 8, 8 and 4 rows
+    Groups(order, 1).prepare(position)  # which asks its firsts
+    expected = fresh.rows(behind, behind + 4)
+    monkeypatch.setattr(orders_of, "permuted", lambda key, numbers: pytest.fail("it was not prepared"))
+    assert np.array_equal(order.rows(behind, behind + 4), expected)
 
 
 def test_the_order_of_a_small_store_is_frozen() -> None:

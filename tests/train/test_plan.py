@@ -100,8 +100,8 @@ def test_passes_hold_every_run_once_and_fit_and_are_alike(
 def test_one_step_at_a_time_is_counted_and_every_state(store: Store) -> None:
     runs = made(store, {}, {"wiring.kind": "autoencoder", "wiring.sources": "b"} | {"wiring.sources": ["b"]})
     found = [Cost(1000, 70, 0.0, 0, 0), Cost(2000, 50, 0.0, 0, 0)]
-    assert taken([0, 1], runs, found) == 3000 + 70 + 4 * 16 * (6 + 4) * 4
-    assert taken([1], runs, found) == 2000 + 50 + 4 * 16 * 4 * 4
+    assert taken([0, 1], runs, found) == 3000 + 70 + plan.SLOTS * 16 * (6 + 4) * 4
+    assert taken([1], runs, found) == 2000 + 50 + plan.SLOTS * 16 * 4 * 4
 
 
 @pytest.mark.parametrize(
