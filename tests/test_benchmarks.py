@@ -1,6 +1,8 @@
 """The benchmarks run and report. What they measure is no test's business: a machine that is shared has no timings."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,14 @@ def test_the_loader_is_compared_with_what_people_do_otherwise(
     monkeypatch.chdir(tmp_path)
     told = said(loader.main, ["8", "64", "2", "2"], monkeypatch, capfd)
     assert len(re.findall(r"\nratio +[\d.]+ ", told)) == 3 and "limit 20" in told and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_ways_of_the_loader_come_as_a_table(tmp_path: Path) -> None:
+    asked = ["-p", "no:xdist", "tests/benchmarks/loader.py", "-k", "512x1", "--basetemp", str(tmp_path / "t")]
+    run = subprocess.run([sys.executable, "-m", "pytest", *asked], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    assert all(re.search(rf"\ntest_way\[512x1-{way}\] +[\d.,]+ \(", run.stdout) for way in loader.ROUNDS)
 
 
 def test_runs_at_once_are_compared_with_their_steps_alone(

@@ -1,10 +1,11 @@
 """Rows per second of the loader, shuffled and filtered, from a warm page cache, against what people do otherwise.
 
-python -m tests.benchmarks.loader [megabytes] [width] [sources] [threads]
+python -m tests.benchmarks.loader [megabytes] [width] [sources] [threads]    ratios, of pairs of runs that take turns
+pytest tests/benchmarks/loader.py                                            a table of times, at all widths
 
 memory    the same rows of arrays in memory: index_select in as many threads, and the same cast to float32
 copy      a copy of as many bytes within memory
-torch     a DataLoader of two worker processes over a memory-mapped dataset, a row a call, shuffled
+rowwise   a torch DataLoader of two worker processes over a memory-mapped dataset, a row a call, shuffled
 
 Each way does all of its work while it is timed: slots that the loader had filled before are filled again at the end.
 """
@@ -12,87 +13,85 @@ Each way does all of its work while it is timed: slots that the loader had fille
 import itertools
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from shared.store import Store
-from tests.benchmarks.pairs import interleaved, report
+from tests.benchmarks.pairs import Times, interleaved, report
 from tests.build import make_store
 from train.filter import kept_rows
 from train.loader import Loader
 from train.order import Order
 from train.prepare import order_of
 
-BATCH, BATCHES, ROWWISE = 4096, 384, 12  # the last: batches of what takes a row a call
-LIMITS = {"memory": 0.9, "torch": 20.0}
+BATCH, BATCHES, ROWWISE = 4096, 384, 12  # the last: batches of `rowwise`
+LIMITS = {"memory": 0.9, "copy": 0.0, "rowwise": 20.0}
+MEGABYTES, WIDTHS, THREADS = 400, (512, 1024, 2304), 2  # of the table
+TABLE_BATCHES, ROUNDS = 96, {"loader": 9, "memory": 9, "copy": 9, "rowwise": 3}
 
 
-def main() -> None:
-    given = [*sys.argv[1:], *["1024", "1024", "2", "2"][len(sys.argv) - 1 :]]
-    megabytes, width, sources, threads = (int(one) for one in given)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        rows = megabytes * 10**6 // (2 * width * sources)
-        store = made(Path(folder) / "x.zarr", rows, {f"s{n}": width for n in range(sources)})
-        order = order_of(store, kept_rows(store), BATCH, 0)
-        compare(store, order, threads)
+class Ways:
+    """Ways to serve batches; each is called with how many."""
 
+    def __init__(self, store: Store, order: Order, threads: int) -> None:
+        self.order, self.store, self.threads = order, store, threads
+        self.widths = {name: source.width for name, source in store.header.sources.items()}
+        self.batch_bytes = 2 * BATCH * sum(self.widths.values())
+        self._arrays = {name: torch.from_numpy(store.column(f"activations/{name}")) for name in self.widths}
+        self._rows = [torch.from_numpy(order.step(step, BATCH)) for step in range(BATCHES)]
+        endless = range(10**6)  # the rest are never served
+        cpu = torch.device("cpu")
+        self._loader = Loader(store, list(self.widths), order, BATCH, endless, cpu, threads, reuse=True)
+        self._batches = iter(self._loader)
 
-def compare(store: Store, order: Order, threads: int) -> None:
-    widths = {name: source.width for name, source in store.header.sources.items()}
-    names = list(widths)
-    arrays = {name: torch.from_numpy(store.column(f"activations/{name}")) for name in names}
-    row_bytes = 2 * sum(widths.values())
-    size = BATCH * BATCHES * row_bytes / 1e9
-    title = f"{store.rows:,} rows of {' + '.join(map(str, widths.values()))}, {order.kept:,} kept"
-    rows = [torch.from_numpy(order.step(step, BATCH)) for step in range(BATCHES)]
-    steps = range(10**6)  # the rest are never served
-    endless = Loader(store, names, order, BATCH, steps, torch.device("cpu"), threads, reuse=True)
-    batches = iter(endless)
+    def title(self) -> str:
+        widths = " + ".join(map(str, self.widths.values()))
+        return f"{self.store.rows:,} rows of {widths}, {self.order.kept:,} kept; {self.threads} threads, float32"
 
-    def loaded() -> None:
-        for _ in itertools.islice(batches, BATCHES):
+    def loader(self, batches: int) -> None:
+        for _ in itertools.islice(self._batches, batches):
             pass
-        wait([one for one, _ in endless._flying])  # as full as at the beginning
+        wait([one for one, _ in self._loader._flying])  # as full as at the beginning
 
-    def in_memory() -> None:
+    def memory(self, batches: int) -> None:
         free = [
-            {n: (torch.empty(BATCH, w, dtype=torch.float16), torch.empty(BATCH, w)) for n, w in widths.items()}
-            for _ in range(threads)
+            {n: (torch.empty(BATCH, w, dtype=torch.float16), torch.empty(BATCH, w)) for n, w in self.widths.items()}
+            for _ in range(self.threads)
         ]
 
         def one(number: int) -> None:
             buffers = free.pop()
             for name, (stored_BD, x_BD) in buffers.items():
-                x_BD.copy_(torch.index_select(arrays[name], 0, rows[number], out=stored_BD))
+                x_BD.copy_(torch.index_select(self._arrays[name], 0, self._rows[number], out=stored_BD))
             free.append(buffers)
 
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(one, range(BATCHES)))
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(one, range(batches)))
 
-    def copied() -> None:
-        starts = torch.randint(0, store.rows - BATCH, (BATCHES,)).tolist()
-        out = {name: torch.empty(BATCH, width, dtype=torch.float16) for name, width in widths.items()}
+    def copy(self, batches: int) -> None:
+        starts = torch.randint(0, self.store.rows - BATCH, (batches,)).tolist()
+        out = {name: torch.empty(BATCH, width, dtype=torch.float16) for name, width in self.widths.items()}
 
         def one(start: int) -> None:
             for name, out_BD in out.items():
-                out_BD.copy_(arrays[name][start : start + BATCH])
+                out_BD.copy_(self._arrays[name][start : start + BATCH])
 
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(one, starts))
 
-    with endless:
-        ours, theirs = interleaved(loaded, in_memory, ("loader", "in memory"))
-        report(f"{title}; {threads} threads, float32", ours, theirs, size, "GB", LIMITS["memory"])
-        report("", *interleaved(loaded, copied, ("loader", "copy")), size, "GB", 0.0)
-        ours, theirs = interleaved(loaded, rowwise(store, order, names), ("loader", "torch, a row a call"))
-        scaled = [seconds * BATCHES / ROWWISE for seconds in theirs.seconds]
-        report("", ours, type(theirs)(theirs.name, scaled, scaled), size, "GB", LIMITS["torch"])
+    def rowwise(self, batches: int) -> None:
+        data = PerRow(self.store, self.order, list(self.widths))
+        sampler = RandomSampler(data, num_samples=batches * BATCH)
+        for _ in DataLoader(data, BATCH, sampler=sampler, num_workers=2):
+            pass
 
 
 class PerRow(Dataset[dict[str, torch.Tensor]]):
@@ -111,20 +110,59 @@ class PerRow(Dataset[dict[str, torch.Tensor]]):
         return {name: torch.from_numpy(maps[shard][local].astype(np.float32)) for name, maps in self.maps.items()}
 
 
-def rowwise(store: Store, order: Order, names: list[str]) -> Callable[[], None]:
-    data = PerRow(store, order, names)
-    loader = DataLoader(data, BATCH, sampler=RandomSampler(data, num_samples=ROWWISE * BATCH), num_workers=2)
-
-    def serve() -> None:
-        for _ in loader:
-            pass
-
-    return serve
+@contextmanager
+def made(folder: str | Path, megabytes: int, width: int, sources: int, threads: int) -> Iterator[Ways]:
+    rows = megabytes * 10**6 // (2 * width * sources)
+    store = made_store(Path(folder) / "x.zarr", rows, {f"s{n}": width for n in range(sources)})
+    ways = Ways(store, order_of(store, kept_rows(store), BATCH, 0), threads)
+    with ways._loader:
+        yield ways
 
 
-def made(path: Path, rows: int, widths: dict[str, int]) -> Store:
+def made_store(path: Path, rows: int, widths: dict[str, int]) -> Store:
     shard_rows = max(1024, min(rows, 2**28 // (2 * max(widths.values()))) // 1024 * 1024)
     return make_store(path, rows, shard_rows, 1024, widths, documents=max(3, rows // 400), masked=0.0, clipped=0.0)
+
+
+# --- ratios ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    given = [*sys.argv[1:], *["1024", "1024", "2", "2"][len(sys.argv) - 1 :]]
+    megabytes, width, sources, threads = (int(one) for one in given)
+    torch.set_num_threads(1)
+    with (
+        tempfile.TemporaryDirectory(dir=".") as folder,
+        made(folder, megabytes, width, sources, threads) as ways,
+    ):
+        for name, limit in LIMITS.items():
+            compare(ways, name, limit)
+
+
+def compare(ways: Ways, name: str, limit: float) -> None:
+    batches = ROWWISE if name == "rowwise" else BATCHES
+    other: Callable[[int], None] = getattr(ways, name)
+    ours, theirs = interleaved(lambda: ways.loader(BATCHES), lambda: other(batches), ("loader", name))
+    seconds, busy = ([one * BATCHES / batches for one in some] for some in (theirs.seconds, theirs.busy))
+    theirs = Times(name, seconds, busy)
+    report(ways.title(), ours, theirs, BATCHES * ways.batch_bytes / 1e9, "GB", limit)
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=list(itertools.product(WIDTHS, (1, 2))), ids=lambda one: f"{one[0]}x{one[1]}")
+def ways(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ways]:
+    width, sources = request.param
+    with made(tmp_path_factory.mktemp("loader"), MEGABYTES, width, sources, THREADS) as found:
+        yield found
+
+
+@pytest.mark.parametrize("way", list(ROUNDS))
+def test_way(benchmark: BenchmarkFixture, ways: Ways, way: str) -> None:
+    benchmark.group = ways.title()
+    benchmark.pedantic(getattr(ways, way), (TABLE_BATCHES,), rounds=ROUNDS[way], warmup_rounds=1)
+    benchmark.extra_info["GB/s"] = TABLE_BATCHES * ways.batch_bytes / benchmark.stats.stats.median / 1e9
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shared.log import Log
-from tests.benchmarks.loader import made
+from tests.benchmarks.loader import made_store
 from tests.benchmarks.pairs import interleaved, report
 from train import prepare
 from train.loader import Loader
@@ -35,7 +35,7 @@ def main() -> None:
     latents, batch, steps = (int(one) for one in given)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        store = made(Path(folder) / "x.zarr", max(40_000, 4 * batch), {"a": 576, "b": 640})
+        store = made_store(Path(folder) / "x.zarr", max(40_000, 4 * batch), {"a": 576, "b": 640})
         asked = {"wiring": {"latents": latents}, "method": {"name": "topk"}, "steps": 10**6, "batch": batch,
                  "device": "cpu", "threads": 1, "log": {"checkpoint": 10**6}, "sweep": {"runs": RUNS}}  # fmt: skip
         ready = prepare.ready(store, [one.config for one in expand(asked)])
