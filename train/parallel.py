@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, TrainingError
 
 T = TypeVar("T")
 
@@ -22,7 +22,10 @@ PATIENCE = timedelta(hours=6)  # the first rank measures and reports alone, whil
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Join the ranks that torchrun started, where it did; over NCCL on GPUs, each rank on its own, else over Gloo."""
+    """Join the ranks that torchrun started, where it did; over NCCL on GPUs, each rank on its own, else over Gloo.
+
+    Raises TrainingError where another rank has ended meanwhile.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
         yield
         return
@@ -32,6 +35,11 @@ def joined(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         yield
+    except RuntimeError as error:  # of Gloo in words alone
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        way_out = "Its own message says why; then train resume"
+        raise TrainingError("another rank has ended", str(error).partition("\n")[0], way_out) from error
     finally:
         dist.destroy_process_group()
 

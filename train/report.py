@@ -155,16 +155,14 @@ def _marker(steps: Sequence[Mapping[str, Any]]) -> str:
 
 def _fve(steps: Sequence[Mapping[str, Any]]) -> str:
     def draw(axes: "Axes") -> None:
-        for key in [key for key in steps[0] if key.startswith("fve/")]:
-            axes.plot(
-                [s["step"] for s in steps],
-                [s[key] for s in steps],
-                marker=_marker(steps),
-                label=key.removeprefix("fve/"),
-            )
+        for key in dict.fromkeys(key for s in steps for key in s if key.startswith("fve/")):
+            told = [s for s in steps if key in s]  # a batch of equal rows has none
+            values = [s[key] for s in told]
+            axes.plot([s["step"] for s in told], values, marker=_marker(told), label=key.removeprefix("fve/"))
         axes.set(title="Fraction of variance explained (training batches)", xlabel="step", ylabel="FVE")
         axes.set_ylim(min(0.0, *axes.get_ylim()), 1)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
 
     return _picture(draw)
 

@@ -235,9 +235,12 @@ def _cut(metrics: Path, step: int) -> None:
 
 
 def _finite(record: Mapping[str, Tensor], step: int) -> dict[str, float]:
-    """The figures of a step as numbers. Weights behind a loss or gradient that is not finite are not worth keeping."""
+    """The figures of a step as numbers, but those that have none: a batch of equal rows has no FVE.
+
+    Weights behind a loss or gradient that is not finite are not worth keeping.
+    """
     values = {name: float(value) for name, value in record.items()}
     for name in ("loss", "gradient"):
         if not math.isfinite(values[name]):
             raise DivergenceError(f"the {name} is not finite", f"{values[name]} at step {step}", "Lower optimiser.lr")
-    return values
+    return {name: value for name, value in values.items() if math.isfinite(value)}

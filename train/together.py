@@ -87,7 +87,11 @@ class Member:
 
     @contextmanager
     def minded(self) -> Iterator[None]:
-        """A fault of this run ends it, and leaves the others alone."""
+        """A fault of this run ends it, and leaves the others alone.
+
+        Of several ranks a fault that one of them alone may have met, such as too little memory, ends the process and so
+        all ranks: the others are in the middle of a step and wait for it. Sums that are not finite are so on all.
+        """
         try:
             yield
         except GranaryError as error:
@@ -97,6 +101,8 @@ class Member:
                 self._training.log.event("failed", f"{self.folder} failed at step {step:,}", error=str(error))
             self.end(type(error), error, error.__traceback__)
             self.release()
+            if parallel.world() > 1 and not any(isinstance(one, DivergenceError) for one in (error, error.__context__)):
+                raise
 
     def end(self, *exc: Any) -> bool:
         """Close what was opened for it, and say whether it was an error that ended it; twice is harmless."""

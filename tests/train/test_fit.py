@@ -601,3 +601,18 @@ def test_what_is_no_run_does_not_go_on(tmp_path: Path, stopped: Path) -> None:
     (stopped / "config.toml").write_text("")
     with pytest.raises(CheckpointError, match=r"no run here: .*missing key: wiring"):
         resume(stopped, quiet=True)
+
+
+def test_a_batch_of_one_row_has_no_fve_in_the_log_and_the_report_is_written(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "pair.zarr")
+    asked = {**ASKED, "steps": 3, "batch": 1, "log": {"every": 1}}
+    run = fit(store, asked, tmp_path / "run", quiet=True)
+
+    def refused(word: str) -> None:
+        pytest.fail(f"{word} is no JSON")
+
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    steps = [
+        event for event in (json.loads(line, parse_constant=refused) for line in lines) if event["event"] == "step"
+    ]
+    assert len(steps) == 3 and all("loss" in one and "fve/a" not in one for one in steps)

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from shared.errors import ConfigError, GranaryError, Stopped, one_line
+from shared.errors import ConfigError, GranaryError, Stopped, TrainingError, one_line
 from shared.store import Store
 from tests import cases
 from tests.build import make_store
 from train import checkpoint, kernels, parallel
-from train.fit import fit, resume, sweep
+from train.fit import fit, resume, resume_sweep, sweep
 from train.trainer import Trainer
 
 RANKS = 2
@@ -31,6 +31,9 @@ ASKED: dict[str, Any] = {
     "device": "cpu", "threads": 1, "log": {"every": 1, "checkpoint": 5}, "optimiser": {"lr": 1e-2, "warmup": 2},
     "dead_rows": 100,
 }  # fmt: skip
+
+
+TWO = {**ASKED, "sweep": {"runs": [{"seed": 0}, {"method": {"name": "topk"}}]}}
 
 
 def rank_of(number: int, port: int, work: Callable[..., None], given: tuple[Any, ...]) -> None:
@@ -95,6 +98,17 @@ def agree(folder: Path) -> None:
 
 def test_the_ranks_agree(tmp_path: Path) -> None:
     assert on_two(agree, tmp_path) == [0, 0]
+
+
+def test_a_rank_that_is_gone_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(parallel.dist, name, lambda *given, **named: None)
+    with pytest.raises(TrainingError, match=r"another rank has ended: .* reset by peer"), parallel.joined("cpu"):
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection reset by peer")
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), parallel.joined("cpu"):
+        raise RuntimeError("shapes differ")
 
 
 def test_one_process_is_one_rank() -> None:
@@ -238,6 +252,51 @@ def test_a_sweep_on_two_ranks_ends_a_run_that_fails_on_both(store: Store, tmp_pa
     assert on_two(sweep_it, tmp_path, store.path) == [0, 0]
     both = got(tmp_path)
     assert both[0] == both[1] and len(both[0][0]) == 2 and both[0][1] == [str(tmp_path / "runs" / "1-lr=1e+30")]
+
+
+def lose(folder: Path, store: Path, rank: int, how: str) -> None:
+    """At step 7 of a sweep's second run one rank is killed, or has too little memory."""
+    update, steps = Trainer.update, []
+
+    def losing(self: Trainer, x: Any) -> Any:
+        steps.append(self.step)
+        if steps.count(7) == 2 and parallel.rank() == rank:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise torch.OutOfMemoryError("no memory")
+        return update(self, x)
+
+    Trainer.update = losing  # type: ignore[method-assign]
+    sweep(store, TWO, folder / "runs", quiet=True)
+
+
+def go_on(folder: Path, store: Path) -> None:
+    assert len(resume_sweep(folder / "runs", store, quiet=True).runs) == 2
+
+
+def begin(folder: Path, store: Path) -> None:
+    sweep(store, TWO, folder / "runs", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def whole(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sweep on two ranks without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert on_two(begin, folder, store.path) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize(("rank", "how"), [(0, "killed"), (1, "killed"), (0, "memory"), (1, "memory")])
+def test_where_one_rank_is_lost_no_other_waits_and_all_go_on_to_the_same_bits(
+    store: Store, whole: Path, tmp_path: Path, rank: int, how: str
+) -> None:
+    codes = on_two(lose, tmp_path, store.path, rank, how)
+    assert codes[rank] == (-signal.SIGKILL if how == "killed" else 1) and codes[1 - rank] == 1
+    assert on_two(go_on, tmp_path, store.path) == [0, 0]
+    for run in ("0", "1"):
+        for name in ("dictionary/dictionary.safetensors", "measure.json"):
+            [found], [expected] = ((at / "runs").glob(f"{run}-*/{name}") for at in (tmp_path, whole))
+            assert found.read_bytes() == expected.read_bytes(), (run, name)
 
 
 def refused(folder: Path, store: Path) -> None:
