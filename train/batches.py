@@ -16,6 +16,7 @@ from shared.errors import ConfigError
 from shared.mixture import Place, open_mixture
 from shared.reading import IO, Access
 from shared.view import View
+from train import resident
 from train.filter import Kept, RowsConfig, kept_rows, require_rows
 from train.loader import Loader, Rows
 from train.order import FileOrder, Groups, Order, Stream, default_window_blocks, group_starts
@@ -89,6 +90,8 @@ def batches(
     served = length * int(firsts_N.sum())
     left = {} if length == 1 else {"leftover": int(kept.kept_N.sum()) - served}
     planned = range(most if steps is None else min(steps, most))
+    fits = resident.place(opened, names, training, torch.device("cpu"), served) == "memory"
+    opened = opened.through(Access(io, drops=not fits))
     return Batches(_served(opened, names, line, batch, planned, place), served, kept.dropped | left)
 
 

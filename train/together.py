@@ -33,7 +33,7 @@ class Member:
         self.folder, self.ready, self.config = folder, ready, ready.config
         self.error: GranaryError | None = None
         self.shown: Mapping[str, float] = {}  # the latest figures
-        self._goes_on = goes_on
+        self._goes_on, self._met_by_all = goes_on, False  # by all ranks: the fault that ends it
         self._training: run.Training | None = None
         self._opened = ExitStack()  # what `end` closes
 
@@ -75,6 +75,7 @@ class Member:
             try:
                 self.shown = self.training.update(own, epoch=epoch, **told) or self.shown
             except DivergenceError:
+                self._met_by_all = True
                 self._require_finite_rows()
                 raise
 
@@ -101,7 +102,7 @@ class Member:
                 self._training.log.event("failed", f"{self.folder} failed at step {step:,}", error=str(error))
             self.end(type(error), error, error.__traceback__)
             self.release()
-            if parallel.world() > 1 and not any(isinstance(one, DivergenceError) for one in (error, error.__context__)):
+            if parallel.world() > 1 and not self._met_by_all:
                 raise
 
     def end(self, *exc: Any) -> bool:

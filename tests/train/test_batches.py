@@ -19,6 +19,7 @@ from shared.codec import Packing
 from shared.errors import ConfigError, StoreError
 from shared.family import open_family
 from shared.store import Store
+from shared.view import View
 from tests.build import make_store
 from tests.device import every_device
 from tests.shared.test_family import extend
@@ -211,3 +212,21 @@ def test_what_cannot_be_served_is_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(error, match=told):
         batches(store, **{"batch": 16, **asked})
+
+
+@pytest.mark.parametrize(("free", "drops"), [(10**9, False), (1000, True)])
+@pytest.mark.parametrize("order", ["shuffled", "file"])
+def test_pages_of_a_store_that_does_not_fit_into_memory_are_dropped_behind_the_batches(
+    store: Store, free: int, drops: bool, order: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def loader(view: View, *given: Any) -> Loader:
+        seen.append(view.access.drops)
+        return Loader(view, *given)
+
+    monkeypatch.setattr("train.resident.free_memory", lambda device: free)
+    monkeypatch.setattr(sys.modules["train.batches"], "Loader", loader)  # train.batches is the function
+    with batches(store, batch=64, rows=KEEP, order=order) as served:
+        require_values(store, next(served))
+    assert seen == [drops]
