@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, TrainingError
 
 
 def device_of(name: str) -> torch.device:
@@ -47,6 +47,18 @@ def free_memory(device: torch.device) -> int:
         return left + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     available: int = psutil.virtual_memory().available
     return min(available, *free_in_groups())
+
+
+@contextmanager
+def memory_minded(at: str) -> Iterator[None]:
+    """Too little memory is told in a line, with the part of the work (`at`: "at step 3"). Raises TrainingError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch says of the CPU's memory only in words that it is short
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        way_out = "Lower batch or wiring.latents"
+        raise TrainingError("out of memory", f"{str(error).partition(chr(10))[0]} {at}", way_out) from None
 
 
 @dataclass(frozen=True)

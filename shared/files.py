@@ -66,6 +66,13 @@ def folder_atomic(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, as a whole or not at all: what a kill leaves is swept."""
+    gone = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.old{TEMPORARY}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
 def sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -24,8 +24,9 @@ FOLIO, FAULT_AROUND = 2**21, 2**16  # bytes that Linux maps at most where one pa
 class MappedShards(Shards):
     """Memory maps; the kernel fetches and forgets.
 
-    Pages that were asked for are in the map before their rows are taken, as a rule: so a page that is lost (the file is
-    shorter than it was) is an error and not the end of the process, and no row waits for a page fault.
+    Pages that were asked for are in the map before their rows are taken, as a rule, so that no row waits for a page
+    fault. A file that is shorter than it was is an error, and ends the process only where it is cut in the milliseconds
+    in which its rows are taken (from `pread` never).
 
     Of the pages that were fetched those stay in the map that hold pieces which were asked for and not forgotten. The
     kernel maps more, whole folios of up to 2 MiB (from Linux 6.18 on, in small pages, too): they are let go at once.
@@ -51,8 +52,11 @@ class MappedShards(Shards):
         while start < len(rows_B):
             shard = int(rows_B[start]) // size
             stop = int(rows_B.searchsorted((shard + 1) * size))
+            rows_ND = self._map(shard)
+            if os.fstat(self._opened[shard].fileno()).st_size < rows_ND.nbytes:  # to touch its pages ends the process
+                raise shorter(self._files.path(shard))
             # The default mode, "raise", gathers into a temporary array first.
-            self._map(shard).take(rows_B[start:stop] - shard * size, axis=0, out=out_BD[start:stop], mode="clip")
+            rows_ND.take(rows_B[start:stop] - shard * size, axis=0, out=out_BD[start:stop], mode="clip")
             start = stop
 
     def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:

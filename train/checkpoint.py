@@ -1,6 +1,5 @@
 """Checkpoints of a run: safetensors and JSON, whole or absent, the last few kept."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def save(trainer: Trainer, folder: Path, identity: Mapping[str, Any], keep: int)
         groups = state["optimiser"]["param_groups"]
         files.write_json(temporary / STATE, {"step": trainer.step, "groups": groups, **identity})
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(old)
+        files.remove_folder(old)
     return path
 
 

@@ -22,6 +22,7 @@ from shared.flags import FIRST, HELD_OUT, MASKED, SINK, SINK_MULTIPLE, SPECIAL, 
 from shared.view import View
 from train.weights import of_stores, shares, thinned
 
+RULES = 1  # a rule that comes to drop other rows takes the next number: what older versions kept is then not read
 WORTH_KEEPING = 2**20  # rows from which on a bitmap is kept in the user's cache: fewer take milliseconds
 SPLITS = {"train": TRAIN, "held_out": HELD_OUT}
 
@@ -87,7 +88,7 @@ def kept_rows(store: View, asked: RowsConfig | None = None) -> Kept:
     if store.rows < WORTH_KEEPING:
         return _filtered(store, asked, names)
     rules = asked.model_dump(mode="json", exclude={"sources", "weights", "seed"})
-    key: dict[str, object] = {"seals": store.seals, "filter": rules, "sources": names}
+    key: dict[str, object] = {"version": RULES, "seals": store.seals, "filter": rules, "sources": names}
     if weights is not None:
         key["weights"] = [store.header.id, *weights]  # not by names: folders may be renamed
     place = files.cache_folder() / "rows" / config.fingerprint(key)

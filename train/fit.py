@@ -78,12 +78,14 @@ def sweep(
     parallel.first(lambda: run.require_free(folder))
     devices = None if gpus is None else spread.devices(gpus)
     ready = prepare.ready(opened, [one.config for one in asked])
-    passes = _passes(ready, [0] * len(ready), memory, quiet) if devices is None else []
+    # Without `memory` each GPU's process plans by what is free there.
+    planned = devices is None or memory is not None
+    passes = _passes(ready, [0] * len(ready), memory, quiet or devices is not None) if planned else []
     place = parallel.first(lambda: run.claim_sweep(folder, [one.name for one in asked]))
     places = [place / one.name for one in asked]
     folders = parallel.first(lambda: [_claimed(path, opened, one) for path, one in zip(places, ready, strict=True)])
     if devices is not None:
-        return _spread(opened, ready, folders, devices, folders, place, quiet)
+        return _spread(opened, ready, folders, devices, folders, place, quiet, memory)
     members = [Member(path, one) for path, one in zip(folders, ready, strict=True)]
     return _together(opened, [[members[n] for n in one] for one in passes], folders, place, quiet)
 
@@ -123,7 +125,7 @@ def resume_sweep(
     devices = None if gpus is None else spread.devices(gpus)
     ready = prepare.ready(opened, asked)
     if devices is not None:
-        return _spread(opened, ready, left, devices, folders, given[0], quiet)
+        return _spread(opened, ready, left, devices, folders, given[0], quiet, memory)
     passes = _passes(ready, [run.kept_step(path) for path in left], memory, quiet)
     members = [Member(path, one, goes_on=True) for path, one in zip(left, ready, strict=True)]
     return _together(opened, [[members[n] for n in one] for one in passes], folders, given[0], quiet)
@@ -131,7 +133,7 @@ def resume_sweep(
 
 def _spread(
     store: View, ready: Sequence[Ready], left: Sequence[Path], devices: Sequence[str], folders: Sequence[Path],
-    place: Path, quiet: bool,
+    place: Path, quiet: bool, memory: int | None,
 ) -> Sweep:  # fmt: skip
     """Runs over GPUs, each in the process of its device."""
     parts = spread.shares(ready, len(devices))
@@ -141,7 +143,7 @@ def _spread(
             console.event("spread", f"{len(part)} runs, told in {log}: {', '.join(left[n].name for n in part)}")
     environments = [{"CUDA_VISIBLE_DEVICES": name} for name in devices[: len(parts)]]
     stores = [one.path for one in store.stores]
-    spread.run([[left[n] for n in part] for part in parts], stores, environments, logs)
+    spread.run([[left[n] for n in part] for part in parts], stores, environments, logs, memory)
     failed: dict[Path, GranaryError] = {}
     for part, log in zip(parts, logs, strict=True):
         failed |= {left[n]: run.ended(left[n], log) for n in part if not run.finished(left[n])}

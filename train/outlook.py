@@ -57,6 +57,7 @@ def _order(store: View, runs: Sequence[Ready]) -> dict[str, Any]:
         "held_out": int(measure.require_held_out(store, asked.rows).sum()), "batch": asked.batch,
         "steps_per_epoch": order.kept / asked.batch, "block_rows": order.block_rows,
         "window_rows": order.window_rows, "window_bytes": order.window_rows * row_bytes,
+        "windows_in_memory_bytes": plan.windows_bytes(runs),
         "own_block": companions(asked.batch, order.block_rows, order.window_rows),
         "own_document": own_document(order, store.column("documents/row")[:-1], asked.batch),
     }  # fmt: skip
@@ -92,6 +93,8 @@ def text(told: Mapping[str, Any]) -> str:
 def _order_lines(one: Mapping[str, Any]) -> list[str]:
     dropped = ", ".join(f"{rule} {count:,}" for rule, count in one["dropped"].items() if count) or "none"
     window = f"{one['window_rows']:,} rows ({gb(one['window_bytes'])}) in blocks of {one['block_rows']:,}"
+    if one["windows_in_memory_bytes"]:
+        window += f"; two of them in memory, {gb(one['windows_in_memory_bytes'])}"
     sources = ", ".join(one["sources"])
     return [
         f"rows     {one['kept']:,} kept (dropped: {dropped}); {one['held_out']:,} held out, to be measured",

@@ -48,6 +48,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local() -> int:
+    """The ranks of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world())) if dist.is_initialized() else 1
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from shared import config as configs
-from shared.device import free_memory, peak_memory, torch_threads
+from shared.device import free_memory, memory_minded, peak_memory, torch_threads
 from shared.errors import ConfigError
 from train import parallel, prepare
 from train.loader import SLOTS
@@ -36,12 +36,16 @@ class Cost:
 
 
 def costs(runs: Sequence[Ready]) -> list[Cost]:
-    """What each run takes. Those of one shape are tried once. Raises ConfigError where one fits into no memory."""
+    """What each run takes. Those of one shape are tried once.
+
+    Raises ConfigError where one fits into no memory, TrainingError where its trial takes more than there is.
+    """
     tried: dict[str, Cost] = {}
     for one in runs:
         require_memory(one)
         if (key := _shape(one)) not in tried:
-            tried[key] = trial(one)
+            with memory_minded(f"in a trial of {one.name}"):
+                tried[key] = trial(one)
     return [tried[_shape(one)] for one in runs]
 
 
@@ -128,11 +132,19 @@ def _fitting(group: Sequence[int], runs: Sequence[Ready], found: Sequence[Cost],
 
 
 def taken(group: Sequence[int], runs: Sequence[Ready], found: Sequence[Cost]) -> int:
-    """Bytes that these runs take at once: their states, one step at a time, and the loader's batches."""
+    """Bytes that these runs take at once: their states, one step at a time, and what the loader has on their device."""
     batch = parallel.share(runs[group[0]].config.batch)
     widths = {name: width for n in group for name, width in runs[n].wiring.widths.items()}
     steps = max(found[n].step_bytes or 0 for n in group)
-    return sum(found[n].state_bytes for n in group) + steps + SLOTS * batch * sum(widths.values()) * FLOAT
+    rows = SLOTS * batch * sum(widths.values()) * FLOAT
+    windows = windows_bytes([runs[n] for n in group]) if runs[group[0]].device.type == "cpu" else 0
+    return sum(found[n].state_bytes for n in group) + steps + rows + windows
+
+
+def windows_bytes(runs: Sequence[Ready]) -> int:
+    """What lies in memory of the process's own (not the GPU's) of rows that are not mapped: two windows."""
+    order, owned = runs[0].order, {part: size for one in runs for part, size in one.owned.items()}
+    return min(2 * order.window_rows, len(order.kept_N)) * sum(owned.values())
 
 
 def parted(runs: Sequence[Ready], begun: Sequence[int], planned: Sequence[Sequence[int]]) -> str:

@@ -30,6 +30,7 @@ class Ready:
     order: Order
     dropped: dict[str, int]
     device: torch.device
+    owned: dict[str, int]  # bytes of a row of each stored source that is not mapped: of it two windows are in memory
 
     @property
     def sources(self) -> list[str]:
@@ -64,7 +65,10 @@ def _ready(store: View, asked: TrainConfig, kept: dict[str, Kept], orders: dict[
     if asked.batch > order.kept:
         value = f"{asked.batch:,} > {order.kept:,}"
         raise ConfigError("the batch is larger than the rows that are kept", value, "Lower batch, or harvest more rows")
-    return Ready(asked, wires, order, dropped, device)
+    read = store.through(asked.read.access)
+    stored = [part for part in Sources(store, wires.widths).stored if read.activations(part, read.access).owns]
+    owned = {part: store.dtype.itemsize * store.source(part).width for part in stored}
+    return Ready(asked, wires, order, dropped, device, owned)
 
 
 def _order(

@@ -26,19 +26,25 @@ OF_MAPS = 0.9  # of pages of maps, which the system takes back where they are in
 COPY_BYTES = 2**24  # of a source, on its way to the device at once
 
 
-def place(store: View, sources: list[str], order: Order, device: torch.device, rows: int) -> Where:
+def place(
+    store: View, sources: list[str], order: Order, device: torch.device, rows: int, beside: int = 0, alike: int = 1
+) -> Where:
     """Where the rows of these sources can stay while a run reads `rows` of them.
 
     device  on the GPU: the kept rows take less than half of its free memory, and the run reads each of them
     memory  on this machine: all rows take less than half of its free memory, or 0.9 of it where they are mapped
     no      nowhere: two windows of them at a time are in memory
+
+    `beside`: bytes of the device that are free now and the run will take. `alike`: processes of this machine that do
+    the same, each with memory of its own; they share pages of maps.
     """
     stored = Sources(store, sources).stored
     row_bytes = store.dtype.itemsize * sum(store.source(name).width for name in stored)
-    if device.type == "cuda" and rows >= order.kept and order.kept * row_bytes < SHARE * free_memory(device):
+    if device.type == "cuda" and rows >= order.kept and order.kept * row_bytes < SHARE * (free_memory(device) - beside):
         return "device"
-    share = SHARE if any(store.activations(name, store.access).owns for name in stored) else OF_MAPS
-    return "memory" if store.rows * row_bytes < share * free_memory(torch.device("cpu")) else "no"
+    share = SHARE / alike if any(store.activations(name, store.access).owns for name in stored) else OF_MAPS
+    free = free_memory(torch.device("cpu")) - (beside if device.type == "cpu" else 0)
+    return "memory" if store.rows * row_bytes < share * free else "no"
 
 
 def feed(

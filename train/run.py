@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shared import config as configs
 from shared import files
+from shared.device import memory_minded
 from shared.errors import CheckpointError, ConfigError, DivergenceError, StoreError, TrainingError
 from shared.log import Log
 from shared.mixture import open_mixture
@@ -149,6 +149,8 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError("another process trains this run", folder, "Wait for it, or stop it") from None
+        except OSError as error:  # some network disks know no locks
+            raise OSError(error.errno, f"{error.strerror} (locking a file)", file.name) from None
         yield
 
 
@@ -169,6 +171,7 @@ class Training:
         told = config.model_dump(mode="json", exclude={"read"})  # which changes no bit of what comes out
         self._identity = {"store": store.header.id, "seals": store.seals, "config": told}
         self._kept = -1  # the step of the last checkpoint
+        self._record: Mapping[str, Tensor] = {}  # of the last update
 
     @property
     def finished(self) -> bool:
@@ -185,13 +188,13 @@ class Training:
 
     def update(self, x: Mapping[str, Tensor], **told: Any) -> dict[str, float] | None:
         """One step on raw rows. The figures that were logged, or none. Raises TrainingError."""
-        with _memory_minded(self.trainer.step):
-            record = self.trainer.update(x)
+        with memory_minded(f"at step {self.trainer.step}"):
+            self._record = self.trainer.update(x)
         step, every = self.trainer.step, self.config.log
         logs, saves = (self.finished or step % n == 0 for n in (every.every, every.checkpoint))
         if not (logs or saves):
             return None
-        values = _finite(record, step)
+        values = _finite(self._record, step)
         if logs:
             self.log.event("step", step=step, **values, **told)
             self.trackers.step(step, values | told)
@@ -200,27 +203,26 @@ class Training:
         return values if logs else None
 
     def keep(self) -> None:
-        """Write a checkpoint, if there is none of this step. Raises TrainingError where the store has changed."""
-        if self._kept == self.trainer.step:
+        """Write a checkpoint, if there is none of this step.
+
+        Raises TrainingError where the store has changed, DivergenceError where the weights are not finite.
+        """
+        step = self.trainer.step
+        if self._kept == step:
             return
-        if self.store.seals != self._identity["seals"]:
+        seals = None
+        with suppress(OSError):  # a store that is being repaired has none
+            seals = self.store.seals
+        if seals != self._identity["seals"]:
             way_out = "Its last checkpoint is of the store as it was: harvest verify tells what the store is now"
             raise TrainingError("the store has changed under this run", self.store.place, way_out)
+        if self._record:
+            _finite(self._record, step)
+        if not all(bool(weights.isfinite().all()) for weights in self.trainer.parameters):
+            raise DivergenceError("the weights are not finite", f"after step {step}", "Lower optimiser.lr")
         if parallel.rank() == 0:
             checkpoint.save(self.trainer, self.folder / CHECKPOINTS, self._identity, self.config.log.keep)
-        self._kept = self.trainer.step
-
-
-@contextmanager
-def _memory_minded(step: int) -> Iterator[None]:
-    """Too little memory is a fault of this run, and none of those that are trained beside it."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch says of the CPU's memory only in words that it is short
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        way_out = "Lower batch or wiring.latents"
-        raise TrainingError("out of memory", f"{str(error).partition(chr(10))[0]} at step {step}", way_out) from None
+        self._kept = step
 
 
 def _cut(metrics: Path, step: int) -> None:

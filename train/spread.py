@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
+from shared import config as configs
 from shared.errors import ConfigError, Stopped
-from train import parallel
+from train import parallel, plan
 from train.prepare import Ready
 
+UNEVEN = 1.25  # of its share a device may have that much, rather than part runs that can share a pass
 COMMAND = "from train.cli import main; main()"
 
 
@@ -36,29 +38,49 @@ def devices(gpus: Sequence[int]) -> list[str]:
 
 
 def shares(runs: Sequence[Ready], count: int) -> list[list[int]]:
-    """The numbers of the runs of each of `count` devices: the longest first, to the device with the least to do."""
+    """The numbers of the runs of each of `count` devices: the longest first, to the device with the least to do.
+
+    Runs that can share a pass (plan.shared) stay on one device, unless they are much more than its share of all work.
+    """
     work = [run.config.steps * run.config.batch * run.wiring.latents * sum(run.wiring.widths.values()) for run in runs]
+    alike: dict[str, list[int]] = {}
+    for n, one in enumerate(runs):
+        alike.setdefault(configs.canonical(plan.shared(one, 0)), []).append(n)
+
+    def load(some: Sequence[int]) -> int:
+        return sum(work[n] for n in some)
+
+    units = [
+        unit
+        for group in alike.values()
+        for unit in ([group] if load(group) * count <= UNEVEN * sum(work) else [[n] for n in group])
+    ]
     parts: list[list[int]] = [[] for _ in range(count)]
-    for n in sorted(range(len(runs)), key=lambda n: -work[n]):
-        min(parts, key=lambda part: sum(work[one] for one in part)).append(n)
+    for unit in sorted(units, key=lambda unit: -load(unit)):
+        min(parts, key=load).extend(unit)
     return [sorted(part) for part in parts if part]
 
 
 def run(
     parts: Sequence[Sequence[Path]], stores: Sequence[Path], environments: Sequence[Mapping[str, str]],
-    logs: Sequence[Path],
+    logs: Sequence[Path], memory: int | None = None,
 ) -> None:  # fmt: skip
-    """Go on with the runs in these folders, a process for each part. Their output goes to the log files.
+    """Go on with the runs in these folders, a process for each part, which may take `memory` bytes.
 
-    Returns when all have ended; a stop is handed on to them.
+    Their output goes to the log files. Returns when all have ended; a stop is handed on to them.
     """
     with ExitStack() as stack:
         processes = []
         read = [word for store in stores for word in ("--store", str(store))]
+        limit = [] if memory is None else ["--memory", str(memory / 1e9)]
         for folders, environment, log in zip(parts, environments, logs, strict=True):
-            command = [sys.executable, "-c", COMMAND, "resume", *map(str, folders), *read]
+            command = [sys.executable, "-c", COMMAND, "resume", *map(str, folders), *read, *limit]
             file = stack.enter_context(log.open("a"))
-            processes.append(subprocess.Popen(command, env={**os.environ, **environment}, stdout=file, stderr=file))
+            whole = {**os.environ, **environment}
+            # A session of its own: Ctrl-C reaches this process alone, which hands it on once. A second stop would end a
+            # child before its checkpoint.
+            process = subprocess.Popen(command, env=whole, stdout=file, stderr=file, start_new_session=True)
+            processes.append(process)
         try:
             for one in processes:
                 one.wait()

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from shared import files
-from shared.device import torch_threads
+from shared.device import memory_minded, torch_threads
 from shared.errors import DivergenceError, GranaryError, Stopped, deferred_stop
 from shared.log import Log, bar
 from shared.view import View
@@ -33,7 +33,7 @@ class Member:
         self.folder, self.ready, self.config = folder, ready, ready.config
         self.error: GranaryError | None = None
         self.shown: Mapping[str, float] = {}  # the latest figures
-        self._goes_on, self._met_by_all = goes_on, False  # by all ranks: the fault that ends it
+        self._goes_on = goes_on
         self._training: run.Training | None = None
         self._opened = ExitStack()  # what `end` closes
 
@@ -75,7 +75,6 @@ class Member:
             try:
                 self.shown = self.training.update(own, epoch=epoch, **told) or self.shown
             except DivergenceError:
-                self._met_by_all = True
                 self._require_finite_rows()
                 raise
 
@@ -95,15 +94,20 @@ class Member:
         """
         try:
             yield
+        except DivergenceError as error:
+            self._failed(error)
         except GranaryError as error:
-            self.error = error
-            if self._training is not None:
-                step = self._training.trainer.step
-                self._training.log.event("failed", f"{self.folder} failed at step {step:,}", error=str(error))
-            self.end(type(error), error, error.__traceback__)
-            self.release()
-            if parallel.world() > 1 and not self._met_by_all:
+            self._failed(error)
+            if parallel.world() > 1:
                 raise
+
+    def _failed(self, error: GranaryError) -> None:
+        self.error = error
+        if self._training is not None:
+            step = self._training.trainer.step
+            self._training.log.event("failed", f"{self.folder} failed at step {step:,}", error=str(error))
+        self.end(type(error), error, error.__traceback__)
+        self.release()
 
     def end(self, *exc: Any) -> bool:
         """Close what was opened for it, and say whether it was an error that ended it; twice is harmless."""
@@ -153,7 +157,7 @@ def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> N
         stack.enter_context(torch_threads(first.threads))
         console = stack.enter_context(Log(quiet=quiet))
         for one in members:
-            with one.minded():
+            with one.minded(), memory_minded("before the first step"):
                 stack.enter_context(run.held(one.folder))
                 log = stack.enter_context(Log(quiet=quiet))
                 stack.push(one.end)
@@ -164,9 +168,11 @@ def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> N
                 for one in running:
                     one.announce(where)
             while running := [one for one in members if one.runs]:  # a stop may be one that its handler does not mind
-                _steps(store, running, where, quiet)
+                with memory_minded("beside the steps"):
+                    _steps(store, running, where, quiet)
             whole = [one for one in members if one.error is None]
-            parallel.first(lambda: _finish(store, whole, quiet))
+            with memory_minded("while it was measured"):
+                parallel.first(lambda: _finish(store, whole, quiet))
         except (Stopped, KeyboardInterrupt):
             reached = max((one.training.trainer.step for one in members if one.error is None), default=0)
             for one in members:
@@ -187,8 +193,12 @@ def _place(store: View, running: Sequence[Member]) -> resident.Where:
     ready = running[0].ready
     if ready.config.read.resident == "never":
         return "no"
-    rows = max(one.config.steps for one in running) * ready.config.batch
-    return parallel.first(lambda: resident.place(store, _sources(running), ready.order, ready.device, rows))
+    rows = max(one.config.steps - one.training.trainer.step for one in running) * ready.config.batch
+    # Gradients of one run at a time, and the moments of those that take their first step.
+    weights = [sum(p.nbytes for p in one.training.trainer.parameters) for one in running]
+    moments = [0 if one.training.trainer.step else 2 * n for one, n in zip(running, weights, strict=True)]
+    given = (store, _sources(running), ready.order, ready.device, rows, max(weights) + sum(moments), parallel.local())
+    return parallel.first(lambda: resident.place(*given))
 
 
 def _steps(store: View, running: list[Member], where: resident.Where, quiet: bool) -> None:
@@ -207,7 +217,7 @@ def _steps(store: View, running: list[Member], where: resident.Where, quiet: boo
             speed = {"rows_s": loader.rows_served * parallel.world() / seconds, "waited_s": loader.waited_s}
             for one in running:
                 one.update(rows.x, **speed)
-            progress.set_postfix(_shown(running, loader.waited_s / seconds), refresh=False)
+            progress.set_postfix(_shown(running, speed["rows_s"], loader.waited_s / seconds), refresh=False)
             progress.update()
             running = [one for one in running if one.runs]
             stops = parallel.any_rank(stopping(), ready.device)
@@ -234,7 +244,7 @@ def _finish(store: View, members: Sequence[Member], quiet: bool) -> None:
             one.finish(figures)
 
 
-def _shown(running: Sequence[Member], stalled: float) -> dict[str, str]:
+def _shown(running: Sequence[Member], rows_s: float, stalled: float) -> dict[str, str]:
     """The latest figures behind the bar, of several runs from the least to the largest; `stall` is the share of the
     time that was spent waiting for rows."""
     forms = {"loss": "{:.4g}", "l0": "{:.1f}", "dead": "{:.1%}"}
@@ -244,4 +254,4 @@ def _shown(running: Sequence[Member], stalled: float) -> dict[str, str]:
         values = [one.shown[name] for one in running if name in one.shown]
         ends = dict.fromkeys(forms.get(name, "{:.3f}").format(value) for value in (min(values), max(values)))
         shown[name] = "..".join(ends)
-    return shown | {"stall": f"{stalled:.0%}"} if names else {}
+    return shown | {"rows/s": f"{rows_s:,.0f}", "stall": f"{stalled:.0%}"} if names else {}

@@ -33,9 +33,10 @@ def test_mapped_rows_that_are_to_stay_stay(tmp_path: Path, pool: ThreadPoolExecu
         assert (memory.mapped(str(tmp_path)) > 15 * 1024) == stays
 
 
+@pytest.mark.parametrize("asked", [False, True], ids=["not asked for again", "asked for"])
 @pytest.mark.parametrize("opened", [False, True], ids=["before it is mapped", "behind"])
 def test_a_mapped_file_that_becomes_shorter_is_an_error_and_not_the_end_of_the_process(
-    tmp_path: Path, opened: bool
+    tmp_path: Path, opened: bool, asked: bool
 ) -> None:
     written = write(FORMS["raw"], tmp_path)
     source, rows_B = written.open(), np.arange(ROWS)
@@ -43,8 +44,9 @@ def test_a_mapped_file_that_becomes_shorter_is_an_error_and_not_the_end_of_the_p
         if opened:
             assert taken(source, rows_B, written.rows_ND, one) == written.rows_ND.tobytes()
         os.truncate(written.path(1), 0)
-        source.will_need([(0, ROWS)], one)
-        one.submit(int).result()  # what was asked for before it has been done
+        if asked:
+            source.will_need([(0, ROWS)], one)
+            one.submit(int).result()  # what was asked for before it has been done
         with pytest.raises(StoreDamagedError, match=f"a file became shorter while it was read: {written.path(1)}"):
             taken(source, rows_B, written.rows_ND, one)
 

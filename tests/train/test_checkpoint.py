@@ -1,5 +1,6 @@
 """A checkpoint is whole or absent, belongs to one run, and loses nothing."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,29 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_is_swept_by_the_next(tmp
     assert checkpoint.steps(tmp_path) == []
     again = checkpoint.save(trainer, tmp_path, RUN, keep=1)
     assert list(tmp_path.iterdir()) == checkpoint.steps(tmp_path) == [again]
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = stepped(1)
+    checkpoint.save(trainer, tmp_path, RUN, keep=1)
+    trainer.update(cases.random_rows("dedicated", 32))
+    genuine = shutil.rmtree
+
+    def killed(path: Path, *given: Any, **named: Any) -> None:
+        if (path / checkpoint.STATE).exists():
+            (path / checkpoint.STATE).unlink()
+            raise KilledError
+        genuine(path, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KilledError):
+            checkpoint.save(trainer, tmp_path, RUN, keep=1)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step_00000002"]
+    files.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
 @pytest.mark.parametrize("torn", ["state.json", "state.safetensors"])

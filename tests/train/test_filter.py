@@ -254,6 +254,13 @@ def test_a_bitmap_is_computed_once_for_a_store_and_filter(store: Store, cached: 
     assert len(list((tmp_path / "cache" / "rows").iterdir())) == 3
 
 
+def test_a_bitmap_of_other_rules_is_not_read(store: Store, cached: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept(store)
+    monkeypatch.setattr(filters, "RULES", filters.RULES + 1)
+    kept(store)
+    assert len(cached) == 2
+
+
 def test_a_store_of_the_same_id_and_other_values_has_its_own_bitmap(cached: list[str], tmp_path: Path) -> None:
     one, two = (make_store(tmp_path / f"{n}.zarr", faults={"a": np.full(100, n * SINK, "u1")}) for n in range(2))
     assert one.header.id == two.header.id

@@ -1,5 +1,6 @@
 """What a run takes is what it takes, and what is trained at once is what fits and may be."""
 
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from shared import config as configs
 from shared.device import peak_memory
-from shared.errors import ConfigError
+from shared.errors import ConfigError, TrainingError
 from shared.store import Store
 from tests import cases
 from train import plan, prepare
@@ -95,6 +96,37 @@ def test_passes_hold_every_run_once_and_fit_and_are_alike(
     assert ("memory" in told) == (len(planned) > len({large for _, _, large in sizes}))
     with pytest.raises(ConfigError, match="does not fit into memory"):
         passes(runs, found, begun, max(taken([n], runs, found) for n in range(len(runs))) - 1)
+
+
+@pytest.mark.parametrize(("room", "planned"), [(1, [[0, 1]]), (-1, [[0], [1]])])
+def test_runs_take_nine_tenths_of_what_is_free_where_no_memory_is_given(
+    store: Store, room: int, planned: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, found = made(store, {}, {"seed": 1}), [Cost(10**9, 10**8, 0.0, 0, 0)] * 2
+    free = int((taken([0, 1], runs, found) + room * 10) / 0.9)
+    monkeypatch.setattr(plan, "free_memory", lambda device: free)
+    assert passes(runs, found, [0, 0], None) == planned
+
+
+def test_a_trial_that_takes_more_than_there_is_is_told_in_a_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nmore")
+
+    monkeypatch.setattr(plan, "_timed", short)
+    told = "out of memory: CUDA out of memory. Tried to in a trial of crosscoder topk"
+    with pytest.raises(TrainingError, match=re.escape(told)):
+        costs(made(store, {}))
+
+
+def test_windows_that_are_not_mapped_are_counted_once_for_all_runs(store: Store) -> None:
+    mapped, read = made(store, {}, {"read.io": "pread"})
+    [single] = made(store, {"read.io": "pread", "wiring.kind": "autoencoder", "wiring.sources": ["b"]})
+    assert plan.windows_bytes([mapped]) == 0
+    whole = len(read.order.kept_N)  # fewer rows than two windows have
+    assert plan.windows_bytes([read]) == plan.windows_bytes([read, single]) == whole * 2 * (6 + 4)
+    assert plan.windows_bytes([single]) == whole * 2 * 4
+    cost = [Cost(0, 0, 0.0, 0, 0)]
+    assert taken([0], [read], cost) - taken([0], [mapped], cost) == whole * 2 * (6 + 4)
 
 
 def test_one_step_at_a_time_is_counted_and_every_state(store: Store) -> None:

@@ -170,6 +170,20 @@ def test_rows_stay_where_they_take_less_than_half_of_what_is_free_and_maps_less_
     assert place(store, both, order, cuda, order.kept - 1) == "no"  # a run that reads some rows does not copy all
 
 
+def test_what_the_run_will_take_is_not_free_and_processes_share_what_is_not_mapped(
+    stores: dict[str, Store], order: Order, free: Callable[..., None]
+) -> None:
+    cuda, everything, kept = torch.device("cuda"), ROWS * 2 * (6 + 4), order.kept * 2 * (6 + 4)
+    free(cpu=1000 * everything, cuda=2 * kept + 1)
+    assert place(stores["map"], ["a", "b"], order, cuda, 10**6, beside=100) == "memory"
+    free(cpu=2 * everything + 10, cuda=0)
+    packed = stores["packed"].through(WAYS["packed"])
+    assert place(packed, ["a", "b"], order, CPU, 10**6) == "memory"
+    assert place(packed, ["a", "b"], order, CPU, 10**6, beside=100) == "no"
+    assert place(packed, ["a", "b"], order, CPU, 10**6, alike=2) == "no"
+    assert place(stores["map"], ["a", "b"], order, CPU, 10**6, alike=2) == "memory"
+
+
 def test_each_place_has_its_feed(stores: dict[str, Store], order: Order) -> None:
     wanted: dict[resident.Where, type] = {"device": Held, "memory": Loader, "no": Loader}
     for where, kind in wanted.items():

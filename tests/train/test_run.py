@@ -1,5 +1,6 @@
 """A run's folder: one process at a time, a log without lines of steps that are taken again, checkpoints that fit."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from shared import files
-from shared.errors import CheckpointError, TrainingError
+from shared.errors import CheckpointError, DivergenceError, TrainingError
 from shared.log import Log
 from shared.store import Store
 from tests import cases
@@ -67,6 +68,28 @@ def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path, store: Store) -
     again = begun(tmp_path / "run", store, every=1, checkpoint=100)
     again.resume()
     assert again.trainer.step == 0 and lines(tmp_path / "run") == []
+
+
+def test_weights_that_are_not_finite_are_never_kept_and_the_last_checkpoint_stays(tmp_path: Path, store: Store) -> None:
+    training = begun(tmp_path / "run", store, every=100, checkpoint=4, keep=1)
+    stepped(training, 5)
+    next(iter(training.trainer.parameters)).data[0] = float("nan")
+    with pytest.raises(DivergenceError, match="the weights are not finite: after step 5"):
+        training.keep()
+    stepped(training, 1)  # whose loss nobody logs
+    with pytest.raises(DivergenceError, match="the loss is not finite: nan at step 6"):
+        training.keep()
+    assert [path.name for path in checkpoint.steps(tmp_path / "run" / "checkpoints")] == ["step_00000004"]
+
+
+def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*given: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (tmp_path / report.CONFIG).touch()
+    monkeypatch.setattr(run.fcntl, "flock", none)
+    with pytest.raises(OSError, match=r"No locks available \(locking a file\): .*config\.toml"), run.held(tmp_path):
+        pass
 
 
 def test_a_checkpoint_is_written_once_for_a_step(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

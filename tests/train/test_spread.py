@@ -1,7 +1,10 @@
 """Runs in a process each: the same bits as in one, shares that are even, and a stop that reaches all."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +20,7 @@ from shared.store import Store
 from tests import cases
 from train import spread
 from train.fit import fit, sweep
-from train.run import begin, claim, finished
+from train.run import begin, claim, finished, kept_step
 
 ASKED: dict[str, Any] = {**cases.MOMENT, "steps": 20}
 
@@ -47,6 +50,12 @@ def test_every_run_has_a_device_and_no_device_much_more_than_the_others(
     assert max(sums) - min(sums) <= max(steps)
 
 
+def test_runs_that_can_share_a_pass_share_a_device(store: Store) -> None:
+    runs = cases.ready(store, *({"batch": batch} for batch in (16, 17, 16, 17)))
+    assert spread.shares(runs, 2) == [[1, 3], [0, 2]]
+    assert sorted(map(len, spread.shares(runs[::2], 2))) == [1, 1]  # as many as would leave one idle are parted
+
+
 def test_runs_in_processes_equal_those_in_this_one(store: Store, tmp_path: Path) -> None:
     folders = claimed(store, tmp_path / "runs", {"seed": 0}, {"seed": 1}, {"seed": 2})
     logs = [tmp_path / "one.log", tmp_path / "two.log"]
@@ -73,6 +82,49 @@ def test_a_stop_reaches_every_process(store: Store, tmp_path: Path) -> None:
         spread.run([folders[:1], folders[1:]], [store.path], [{}, {}], [tmp_path / "one.log", tmp_path / "two.log"])
     for one in metrics:
         assert json.loads(one.read_text().splitlines()[-1])["event"] == "stop"
+
+
+def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_of_every_run(store: Store, tmp_path: Path) -> None:
+    """It goes to the processes of the whole group: the children must not be stopped a second time by their parent."""
+    folders = claimed(store, tmp_path / "runs", {"steps": 10**6}, {"steps": 10**6, "seed": 1})
+    code = (
+        "import signal, sys; from pathlib import Path; from train import spread; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # which is ignored in the background
+        "store, one, two = map(Path, sys.argv[1:]); "
+        "spread.run([[one], [two]], [store], [{}, {}], [one / 'log', two / 'log'])"
+    )
+    given = [sys.executable, "-c", code, store.path, *folders]
+    with subprocess.Popen(given, start_new_session=True, stderr=subprocess.DEVNULL) as parent:
+        metrics = [folder / "metrics.jsonl" for folder in folders]
+        while not all(one.exists() and '"step"' in one.read_text() for one in metrics):
+            assert parent.poll() is None
+            time.sleep(0.05)
+        os.killpg(parent.pid, signal.SIGINT)
+        parent.wait(60)
+    for folder in folders:
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["event"] == "stop" and kept_step(folder) == last["step"] > 0
+
+
+def test_the_memory_of_a_sweep_is_that_of_each_gpu(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "devices", lambda gpus: ["0", "1"])
+    asked = {**ASKED, "sweep": {"grid": {"seed": [0, 1]}}}
+    with pytest.raises(ConfigError, match="does not fit into memory"):
+        sweep(store, asked, tmp_path / "none", gpus=[0, 1], memory=10, quiet=True)
+    assert not (tmp_path / "none").exists()
+    given: list[Any] = []
+    monkeypatch.setattr(spread.subprocess, "Popen", lambda command, **named: given.append(command) or Ended())
+    sweep(store, asked, tmp_path / "runs", gpus=[0, 1], memory=3 * 10**9, quiet=True)
+    assert [command[-2:] for command in given] == [["--memory", "3.0"]] * 2
+
+
+class Ended:
+    """A process that has done nothing."""
+
+    def wait(self) -> int:
+        return 0
 
 
 def test_gpus_that_are_not_there_are_refused(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from train.config import TrainConfig
 from train.fit import Sweep, fit, resume_sweep, sweep
 from train.loader import Loader
 from train.run import folders_of, held
+from train.together import Member, _shown
 from train.trainer import Trainer
 
 BASE: dict[str, Any] = {
@@ -199,6 +200,18 @@ def test_a_run_that_is_out_of_memory_ends_alone(
     assert [str(one).partition(":")[0] for one in found.failed.values()] == ["out of memory"]
 
 
+def test_the_line_behind_the_bar_has_the_ranges_of_several_runs_the_rows_and_the_stall(tmp_path: Path) -> None:
+    members = [Member(tmp_path, run) for run in cases.ready(cases.small_store(tmp_path), {}, {"seed": 1})]
+    assert _shown(members, 1.0, 0.0) == {}  # before the first figures
+    members[0].shown = {"loss": 0.5, "l0": 3.0, "dead": 0.25, "fve/a": 0.5, "fve/b": 0.75, "gradient": 1.0}
+    members[1].shown = {"loss": 0.25, "l0": 3.0, "dead": 0.0, "fve/a": 0.125}
+    assert _shown(members, 12345.6, 0.017) == {
+        "runs": "2", "loss": "0.25..0.5", "l0": "3.0", "dead": "0.0%..25.0%", "fve/a": "0.125..0.500",
+        "fve/b": "0.750", "rows/s": "12,346", "stall": "2%",
+    }  # fmt: skip
+    assert list(_shown(members[:1], 1.0, 0.0)) == ["loss", "l0", "dead", "fve/a", "fve/b", "rows/s", "stall"]
+
+
 def test_another_error_is_our_own_and_is_not_hidden(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,14 +220,33 @@ def test_another_error_is_our_own_and_is_not_hidden(
         sweep(store, {**BASE, "steps": 1, "sweep": {}}, tmp_path / "runs", quiet=True)
 
 
-def test_a_store_that_changes_ends_all(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_out_of_memory_before_its_first_step_ends_alone(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = prepare.fresh
+
+    def short(store: Store, ready: prepare.Ready, *given: Any) -> Trainer:
+        if ready.config.seed == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fresh(store, ready, *given)
+
+    monkeypatch.setattr(prepare, "fresh", short)
+    found = sweep(store, {**BASE, "sweep": {"grid": {"seed": [0, 1]}}}, tmp_path / "runs", quiet=True)
+    assert [run.folder.name for run in found.runs] == ["0-seed=0"]
+    assert [str(one) for one in found.failed.values()] == [
+        "out of memory: CUDA out of memory before the first step. Lower batch or wiring.latents"
+    ]
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_store_that_changes_ends_all(tmp_path: Path, sealed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = cases.small_store(tmp_path)
     update = Trainer.update
 
     def reseal(self: Trainer, x: Any) -> Any:
         if self.step == 3:
             seal = changed.path / "sealed"
-            seal.write_bytes(seal.read_bytes() + b" ")
+            seal.write_bytes(seal.read_bytes() + b" ") if sealed else seal.unlink(missing_ok=True)
         return update(self, x)
 
     monkeypatch.setattr(Trainer, "update", reseal)
