@@ -10,8 +10,10 @@ from torch import Tensor
 
 from shared import config, files
 from shared.errors import CheckpointError
+from shared.layout import crc32c
 from train.trainer import Trainer
 
+PIECE_BYTES = 2**24
 TENSORS, STATE = "state.safetensors", "state.json"
 
 
@@ -25,11 +27,17 @@ def save(trainer: Trainer, folder: Path, identity: Mapping[str, Any], keep: int)
     files.sweep(folder)  # of what a killed run left
     with files.folder_atomic(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary / TENSORS)
-        groups = state["optimiser"]["param_groups"]
-        files.write_json(temporary / STATE, {"step": trainer.step, "groups": groups, **identity})
+        files.open_like_folder(temporary / TENSORS)
+        told = {"step": trainer.step, "crc32c": _crc32c(temporary / TENSORS)}
+        files.write_json(temporary / STATE, {**told, "groups": state["optimiser"]["param_groups"], **identity})
     for old in steps(folder)[:-keep]:
         files.remove_folder(old)
     return path
+
+
+def _crc32c(path: Path) -> int:
+    with path.open("rb") as file:
+        return crc32c(iter(lambda: file.read(PIECE_BYTES), b""))
 
 
 def steps(folder: Path) -> list[Path]:
@@ -40,14 +48,16 @@ def steps(folder: Path) -> list[Path]:
 
 def load(trainer: Trainer, path: Path, identity: Mapping[str, Any]) -> None:
     """Put a checkpoint into a trainer of the same config. Raises CheckpointError, naming what differs."""
+    way_out = "Remove its folder: train resume then goes on from the one before it, or begins again"
     try:
         saved, tensors = files.read_json(path / STATE), load_file(path / TENSORS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError("no checkpoint here", path, f"Give a folder step_... of a run ({error})") from None
+        if _crc32c(path / TENSORS) != saved["crc32c"]:
+            raise CheckpointError("this checkpoint is damaged", path / TENSORS, way_out)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError("this checkpoint is damaged", path, f"{way_out} ({error})") from None
     if different := config.differences({key: saved.get(key) for key in identity}, identity):
-        raise CheckpointError(
-            "this checkpoint is of another run; these differ", ", ".join(different), "Use its own config and store"
-        )
+        way_out = "Put config.toml back as it was, and give the store as it was"
+        raise CheckpointError("this checkpoint is of another run; these differ", ", ".join(different), way_out)
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimiser/"):

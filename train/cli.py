@@ -200,7 +200,8 @@ def _tell_all(made: Sweep, stores: list[str] | None, as_json: bool) -> None:
             print(f"{path.name}: {error}")
     if made.failed:
         count = f"{len(made.failed)} of {len(made.failed) + len(made.runs)}"
-        raise TrainingError("runs failed", count, f"To go on with them: train resume {made.folder}")
+        way_out = f"Where another try may help, they go on with: train resume {made.folder}"
+        raise TrainingError("runs failed", count, way_out)
 
 
 def _tell(made: Run, stores: list[str], as_json: bool) -> None:

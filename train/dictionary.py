@@ -195,6 +195,7 @@ class Dictionary(nn.Module):
                 {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()},
                 temporary / WEIGHTS,
             )
+            files.open_like_folder(temporary / WEIGHTS)
             files.write_json(temporary / CONFIG, self.config())
 
     def config(self) -> dict[str, Any]:

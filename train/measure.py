@@ -205,7 +205,7 @@ def require_held_out(store: View, rows: RowsConfig | None) -> np.ndarray:
     if not kept_N.any():
         held_out = {one.path: one.header.plan["documents_held_out"] for one in store.stores}
         documents = ", ".join(f"{path} holds out {count} documents" for path, count in held_out.items())
-        way_out = "Harvest more documents, or a larger share of them (rows.held_out)"
+        way_out = "Loosen [rows] (its documents, too, must name some), or harvest more (rows.held_out)"
         raise StoreError("no held-out row to measure on", documents, way_out)
     return kept_N
 

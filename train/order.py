@@ -297,9 +297,12 @@ def default_window_blocks(batch: int) -> int:
     return int(batch / MOST_COMPANIONS) + 1
 
 
-def companions(batch: int, block_rows: int, window_rows: int) -> float:
-    """About how many rows of its own block a row finds in its batch: batch x block_rows / window_rows."""
-    return batch * block_rows / window_rows
+def own_block(order: Order, batch: int) -> float:
+    """How many rows of its own block a kept row is expected to find in its batch, on average.
+
+    Where all rows are kept that is about batch x block_rows / window_rows.
+    """
+    return own_document(order, np.arange(0, len(order.kept_N), order.block_rows), batch)
 
 
 def own_document(order: Order, starts_n: np.ndarray, batch: int) -> float:

@@ -10,7 +10,7 @@ from shared import files
 from shared.device import free_memory
 from shared.view import View
 from train import measure, plan, prepare, report
-from train.order import companions, own_document
+from train.order import own_block, own_document
 from train.plan import gb
 from train.prepare import Ready
 from train.sources import Sources
@@ -35,7 +35,8 @@ def outlook(store: View, asked: Sequence[Asked], memory: int | None, place: Path
         "device": str(device), "memory_bytes": max(plan.taken(one, runs, found) for one in planned),
         "memory_measured": all(one.step_bytes is not None for one in found), "free_bytes": free_memory(device),
         "seconds": sum(cost.step_s * run.config.steps for cost, run in zip(found, runs, strict=True)),
-        "disk_bytes": sum(one.disk_bytes for one in found), "disk_free_bytes": files.free_bytes(place),
+        "disk_bytes": sum(plan.disk_bytes(run, cost) for run, cost in zip(runs, found, strict=True)),
+        "disk_free_bytes": files.free_bytes(place),
     }  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def _order(store: View, runs: Sequence[Ready]) -> dict[str, Any]:
         "steps_per_epoch": order.kept / asked.batch, "block_rows": order.block_rows,
         "window_rows": order.window_rows, "window_bytes": order.window_rows * row_bytes,
         "windows_in_memory_bytes": plan.windows_bytes(runs),
-        "own_block": companions(asked.batch, order.block_rows, order.window_rows),
+        "own_block": own_block(order, asked.batch),
         "own_document": own_document(order, store.column("documents/row")[:-1], asked.batch),
     }  # fmt: skip
 
@@ -67,7 +68,8 @@ def _run(name: str, run: Ready, cost: plan.Cost) -> dict[str, Any]:
     asked = run.config
     return {
         "run": name, "method": asked.method.name, "wiring": asked.wiring.kind, "latents": asked.wiring.latents,
-        "steps": asked.steps, "epochs": asked.steps * asked.batch / run.order.kept, **asdict(cost),
+        "steps": asked.steps, "epochs": asked.steps * asked.batch / run.order.kept,
+        **asdict(cost), "disk_bytes": plan.disk_bytes(run, cost),
     }  # fmt: skip
 
 

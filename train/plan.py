@@ -31,7 +31,7 @@ class Cost:
     state_bytes: int  # weights and moments: as long as its pass lasts
     step_bytes: int | None  # more while it takes a step; none: this system does not tell
     step_s: float
-    disk_bytes: int  # its checkpoints and its dictionary
+    weights_bytes: int  # of its dictionary
     parameters: int
 
 
@@ -45,13 +45,15 @@ def costs(runs: Sequence[Ready]) -> list[Cost]:
         require_memory(one)
         if (key := _shape(one)) not in tried:
             with memory_minded(f"in a trial of {one.name}"):
+                if not tried:
+                    trial(one)  # the first of all takes what later ones find
                 tried[key] = trial(one)
     return [tried[_shape(one)] for one in runs]
 
 
 def _shape(run: Ready) -> str:
     """All that its cost depends on."""
-    asked = run.config.model_dump(mode="json", include={"method", "wiring", "batch", "log", "threads", "scale"})
+    asked = run.config.model_dump(mode="json", include={"method", "wiring", "batch", "threads", "scale"})
     return configs.canonical([asked, str(run.device), run.wiring.widths])
 
 
@@ -66,10 +68,15 @@ def trial(run: Ready) -> Cost:
         taken = [_timed(trainer, x) for _ in range(TRIAL)]
         state = _bytes(trainer.state_dict())
         most = peak()
-    kept = run.config.log.keep + 1  # one is written before the oldest goes
     weights = _bytes(trainer.dictionary.state_dict())
     more = None if most is None else max(most - state, 0)
-    return Cost(state, more, min(taken[1:]), kept * state + weights, sum(p.numel() for p in trainer.parameters))
+    return Cost(state, more, min(taken[1:]), weights, sum(p.numel() for p in trainer.parameters))
+
+
+def disk_bytes(run: Ready, cost: Cost) -> int:
+    """Of a run's checkpoints, and of its dictionary. One more is written before the oldest goes."""
+    log = run.config.log
+    return min(log.keep + 1, -(-run.config.steps // log.checkpoint)) * cost.state_bytes + cost.weights_bytes
 
 
 def _timed(trainer: Trainer, x: Mapping[str, torch.Tensor]) -> float:
@@ -126,7 +133,9 @@ def _fitting(group: Sequence[int], runs: Sequence[Ready], found: Sequence[Cost],
             result.append([])
         if (least := taken([n], runs, found)) > free:
             value = f"{gb(least)} of {gb(free)} for {runs[n].name}"
-            raise ConfigError("the run does not fit into memory", value, "Lower batch or wiring.latents, or set memory")
+            raise ConfigError(
+                "the run does not fit into memory", value, "Lower batch or wiring.latents, or raise --memory"
+            )
         result[-1].append(n)
     return result
 

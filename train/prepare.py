@@ -77,9 +77,9 @@ def _order(
     """The order of a run's rows, and what dropped the others; from the first run that asked for it."""
     rows = configs.canonical(asked.rows.model_dump(mode="json"))
     if rows not in kept:
-        measure.require_held_out(store, asked.rows)  # the figures come last, and must not fail then
         kept[rows] = kept_rows(store, asked.rows)
         require_rows(kept[rows])
+        measure.require_held_out(store, asked.rows)  # the figures come last, and must not fail then
     if (rows, asked.batch) not in orders:
         orders[rows, asked.batch] = order_of(store, kept[rows], asked.batch, asked.rows.seed)
     return orders[rows, asked.batch], kept[rows].dropped

@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ SIZE = (5.2, 3.1)  # of a picture, in inches
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 1.8em }
-table { border-collapse: collapse } th, td { padding: .25em .9em .25em 0; text-align: right }
+table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .25em .9em .25em 0; text-align: right }
 th:first-child, td:first-child { text-align: left } th { border-bottom: 1px solid #999; font-weight: 600 }
 .pictures { display: flex; flex-wrap: wrap; gap: 1em } .pictures svg { max-width: 100%; height: auto }
 pre { background: #f5f5f5; padding: 1em; overflow-x: auto } .note { color: #666; font-size: .9em }
@@ -47,7 +48,8 @@ def _page(
     name: str, steps: Sequence[Mapping[str, Any]], figures: Mapping[str, Any], origin: Mapping[str, Any], config: str
 ) -> str:
     wiring = tomllib.loads(config)["wiring"]["kind"]
-    pictures = [_loss(steps), _fve(steps), _density(figures), *([_r(figures)] if figures["r"] else [])]
+    drawn = [_loss(steps), _fve(steps), _density(figures), *([_r(figures)] if figures["r"] else [])]
+    pictures = [_with_own_ids(picture, n) for n, picture in enumerate(drawn)]
     sections = [
         f"<h1>{html.escape(name)}: {html.escape(wiring)}, {figures['latents']:,} latents</h1>",
         _origin(origin), "<h2>Figures</h2>", *(_table(table) for table in tables(figures)), _legend(figures),
@@ -131,7 +133,7 @@ def _table(table: Sequence[Sequence[str]]) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return f"<p><table>{row(table[0], 'th')}{''.join(row(cells, 'td') for cells in table[1:])}</table></p>"
+    return f"<table>{row(table[0], 'th')}{''.join(row(cells, 'td') for cells in table[1:])}</table>"
 
 
 def _legend(figures: Mapping[str, Any]) -> str:
@@ -195,6 +197,11 @@ def _r(figures: Mapping[str, Any]) -> str:
             axes.legend()
 
     return _picture(draw)
+
+
+def _with_own_ids(picture: str, number: int) -> str:
+    """Matplotlib gives the parts of every picture the same names, which one page may have once."""
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\1p{number}-", picture)
 
 
 def _picture(draw: Any) -> str:

@@ -35,7 +35,7 @@ CHECKPOINTS, SWEEP = "checkpoints", "sweep.json"
 
 def require_free(folder: str | Path | None) -> None:
     """Before any work, what `claim` would refuse after it."""
-    if folder is not None and (Path(folder) / report.CONFIG).exists():
+    if folder is not None and any((Path(folder) / name).exists() for name in (report.CONFIG, SWEEP)):
         raise _taken(folder)
     if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError("this is a file", folder, "Give a folder (--out)")
@@ -75,9 +75,9 @@ def _new(name: str) -> Path:
 
 
 def _taken(folder: str | Path) -> CheckpointError:
-    return CheckpointError(
-        "this folder holds a run already", folder, f"Give another folder (--out), or: train resume {folder}"
-    )
+    what = "a sweep" if (Path(folder) / SWEEP).exists() else "a run"
+    way_out = f"Give another folder (--out), or: train resume {folder}"
+    return CheckpointError(f"this folder holds {what} already", folder, way_out)
 
 
 def begin(folder: Path, store: View, sources: list[str]) -> None:
@@ -111,13 +111,19 @@ def config_of(folder: Path) -> TrainConfig:
 def store_of(folder: Path, store: View | None = None) -> View:
     """The store that a run began on, where it was or as it is given. Raises StoreError where it is another one."""
     began = files.read_json(folder / report.STORE)
-    opened = store or open_mixture(began["paths"])
+    opened = store or _where_it_was(began["paths"])
     if (opened.header.id, opened.seals) != (began["id"], began.get("seals")):
         way_out = f"Give the store whose id begins with {began['id'][:12]}, as it was"
         if len(began["paths"]) > 1:
             way_out = f"Give these as they were, in this order: {', '.join(began['paths'])}"
         raise StoreError("this is not the store that the run began on", opened.place, way_out)
     return opened
+
+
+def _where_it_was(paths: list[str]) -> View:
+    if gone := [path for path in paths if not Path(path).exists()]:
+        raise StoreError("the store of this run is not where it was", gone[0], "Say where it lies now: --store")
+    return open_mixture(paths)
 
 
 def finished(folder: Path) -> bool:

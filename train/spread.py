@@ -32,7 +32,9 @@ def devices(gpus: Sequence[int]) -> list[str]:
     wanted = list(gpus) or list(range(count))
     if not wanted or len(set(wanted)) < len(wanted) or not all(0 <= one < count for one in wanted):
         value = ", ".join(map(str, wanted)) or "none"
-        raise ConfigError("these GPUs cannot be used", value, f"This machine shows {count}; number them from 0")
+        raise ConfigError(
+            "these GPUs cannot be used", value, f"GPUs that this machine shows: {count}; the first is number 0"
+        )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     return [visible[one] for one in wanted]
 

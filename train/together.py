@@ -16,7 +16,7 @@ from shared.errors import DivergenceError, GranaryError, Stopped, deferred_stop
 from shared.log import Log, bar
 from shared.view import View
 from train import measure, parallel, prepare, report, resident, run
-from train.order import companions
+from train.order import own_block
 from train.prepare import Ready
 from train.reader import require_finite
 from train.scale import Scale
@@ -63,8 +63,7 @@ class Member:
             told = f"going on with {self.folder} at step {step:,} of {self.config.steps:,}"
             log.event("resume", told, step=step, resident=resident)
         else:
-            mixing = companions(self.config.batch, order.block_rows, order.window_rows)
-            kept = {"dropped": self.ready.dropped, "kept": order.kept, "companions": mixing}
+            kept = {"dropped": self.ready.dropped, "kept": order.kept, "own_block": own_block(order, self.config.batch)}
             log.event("start", self._opening(), **kept, resident=resident)
 
     def update(self, x: Mapping[str, Tensor], **told: Any) -> None:
@@ -105,7 +104,7 @@ class Member:
         self.error = error
         if self._training is not None:
             step = self._training.trainer.step
-            self._training.log.event("failed", f"{self.folder} failed at step {step:,}", error=str(error))
+            self._training.log.event("failed", f"{self.folder} failed at step {step:,}: {error}", error=str(error))
         self.end(type(error), error, error.__traceback__)
         self.release()
 

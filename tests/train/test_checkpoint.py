@@ -139,11 +139,21 @@ def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.999])
+def test_a_checkpoint_of_which_a_bit_has_changed_is_refused(place: float, tmp_path: Path) -> None:
+    path = checkpoint.save(stepped(1), tmp_path, RUN, keep=2)
+    data = bytearray((path / checkpoint.TENSORS).read_bytes())
+    data[int(place * len(data))] ^= 1
+    (path / checkpoint.TENSORS).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"this checkpoint is damaged: .*train resume then goes on from the one"):
+        checkpoint.load(stepped(0), path, RUN)
+
+
 @pytest.mark.parametrize("torn", ["state.json", "state.safetensors"])
 def test_a_torn_checkpoint_is_refused(torn: str, tmp_path: Path) -> None:
     path = checkpoint.save(stepped(1), tmp_path, RUN, keep=2)
     (path / torn).write_bytes((path / torn).read_bytes()[:-30])
-    with pytest.raises(CheckpointError, match="no checkpoint here"):
+    with pytest.raises(CheckpointError, match="this checkpoint is damaged"):
         checkpoint.load(stepped(0), path, RUN)
-    with pytest.raises(CheckpointError, match="no checkpoint here"):
+    with pytest.raises(CheckpointError, match="this checkpoint is damaged"):
         checkpoint.load(stepped(0), tmp_path / "step_00000099", RUN)

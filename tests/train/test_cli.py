@@ -68,7 +68,10 @@ def test_a_grid_prints_its_runs_side_by_side_and_what_failed(store: Store, say: 
     out = tmp_path / "sweep"
     said = say("run", store.path, *SMALL, "--method", "topk", "--grid", "optimiser.lr=1e-3,1e30", "--out", out)
     assert said.code == 1
-    assert said.err.splitlines()[-1] == f"error: runs failed: 1 of 2. To go on with them: train resume {out}"
+    assert (
+        said.err.splitlines()[-1]
+        == f"error: runs failed: 1 of 2. Where another try may help, they go on with: train resume {out}"
+    )
     lines = said.out.splitlines()
     assert lines[0].split() == ["run", "FVE", "a", "FVE", "b", "L0", "dead"] and lines[1].split()[0] == "0-lr=0.001"
     assert lines[3:5] == [f"store   {store.path}", f"runs    {out}"]

@@ -234,7 +234,7 @@ def test_a_store_can_be_given_by_its_path(store: Store, tmp_path: Path, run: Run
 
 def test_a_store_in_which_no_document_is_held_out_is_refused_before_the_first_step(tmp_path: Path) -> None:
     none = make_store(tmp_path / "none.zarr", rows=50, documents=3, held_out=0.0)
-    with pytest.raises(StoreError, match=r"no held-out row to measure on: .*none.zarr holds out 0 documents. Harvest"):
+    with pytest.raises(StoreError, match=r"no held-out row to measure on: .*none.zarr holds out 0 documents. Loosen"):
         fit(none, ASKED, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -449,7 +449,7 @@ def test_a_mixture_in_which_a_weighed_store_holds_nothing_out_is_refused_with_it
 ) -> None:
     none = make_store(tmp_path / "none.zarr", rows=50, chunk_rows=16, factor={"a": 2.0}, held_out=0.0, corpus="n/")
     asked = {**ASKED, "rows": {"weights": {"pair": 1, "none": 1}}}
-    told = r".*pair\.zarr holds out [1-9]\d* documents, .*none\.zarr holds out 0 documents\. Harvest"
+    told = r".*pair\.zarr holds out [1-9]\d* documents, .*none\.zarr holds out 0 documents\. Loosen"
     with pytest.raises(StoreError, match=f"no held-out row to measure on: {told}"):
         fit([three[0], none], asked, tmp_path / "run", quiet=True)
 
@@ -575,7 +575,9 @@ def test_a_run_does_not_go_on_with_another_store_or_config(store: Store, stopped
     moved = Path(shutil.copytree(store.path, tmp_path / "moved.zarr"))
     text = (stopped / "config.toml").read_text()
     (stopped / "config.toml").write_text(text.replace("lr = 0.01", "lr = 0.02"))
-    with pytest.raises(CheckpointError, match=r"these differ: config\.optimiser\.lr: 0\.01 -> 0\.02\. Use its own"):
+    with pytest.raises(
+        CheckpointError, match=r"these differ: config\.optimiser\.lr: 0\.01 -> 0\.02\. Put config\.toml back"
+    ):
         resume(stopped, moved, quiet=True)
     (stopped / "config.toml").write_text(text)
     assert resume(stopped, moved, quiet=True).folder == stopped
@@ -616,3 +618,21 @@ def test_a_batch_of_one_row_has_no_fve_in_the_log_and_the_report_is_written(tmp_
         event for event in (json.loads(line, parse_constant=refused) for line in lines) if event["event"] == "step"
     ]
     assert len(steps) == 3 and all("loss" in one and "fve/a" not in one for one in steps)
+
+
+def test_a_store_that_has_gone_is_asked_for_by_its_option(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "pair.zarr")
+    run = fit(store, {**ASKED, "steps": 2}, tmp_path / "run", quiet=True)
+    (run.folder / "report.html").unlink()
+    store.path.rename(tmp_path / "moved.zarr")
+    with pytest.raises(StoreError, match=r"is not where it was: .*pair\.zarr\. Say where it lies now: --store"):
+        resume(run.folder, quiet=True)
+    assert resume(run.folder, tmp_path / "moved.zarr", quiet=True).figures == run.figures
+
+
+def test_what_is_saved_is_as_open_as_its_folder(tmp_path: Path) -> None:
+    run = fit(make_store(tmp_path / "pair.zarr"), {**ASKED, "steps": 2}, tmp_path / "run", quiet=True)
+    saved = list(run.folder.rglob("*.safetensors"))
+    assert len(saved) == 2
+    for path in saved:
+        assert path.stat().st_mode & 0o777 == path.parent.stat().st_mode & 0o666

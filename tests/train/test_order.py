@@ -16,9 +16,9 @@ from train.order import (
     Groups,
     Order,
     Stream,
-    companions,
     default_window_blocks,
     group_starts,
+    own_block,
     own_document,
 )
 
@@ -278,18 +278,25 @@ def test_the_line_of_blocks_holds_every_block_once_per_epoch(order: Order) -> No
 @settings(deadline=None)
 def test_the_default_window_keeps_companions_under_a_half(batch: int, block_rows: int) -> None:
     window = default_window_blocks(batch)
-    assert companions(batch, block_rows, window * block_rows) < 0.5
-    assert companions(batch, block_rows, (window - 1) * block_rows) >= 0.5
+    assert batch * block_rows / (window * block_rows) < 0.5
+    assert batch * block_rows / ((window - 1) * block_rows) >= 0.5
 
 
 @pytest.mark.parametrize(("block_rows", "window_blocks", "batch"), [(32, 64, 64), (16, 128, 256), (50, 80, 40)])
-def test_companions_are_what_the_formula_says(block_rows: int, window_blocks: int, batch: int) -> None:
-    order = Order(np.ones(block_rows * window_blocks * 4, bool), block_rows, window_blocks, seed=0)
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.3])
+def test_a_row_finds_as_many_of_its_own_block_as_the_formula_says(
+    block_rows: int, window_blocks: int, batch: int, share: float
+) -> None:
+    kept_N = np.random.default_rng(0).random(block_rows * window_blocks * 4) < share
+    order = Order(kept_N, block_rows, window_blocks, seed=0)
     found = []
-    for step in range(order.kept // batch):
-        _, counts = np.unique(order.step(step, batch) // block_rows, return_counts=True)
-        found.append((counts * (counts - 1)).sum() / batch)
-    assert np.mean(found) == pytest.approx(companions(batch, block_rows, block_rows * window_blocks), rel=0.15)
+    for step in range(20 * order.kept // batch):
+        if order.opened(step * batch) == order.opened((step + 1) * batch - 1):  # the formula is for one window
+            _, counts = np.unique(order.step(step, batch) // block_rows, return_counts=True)
+            found.append((counts * (counts - 1)).sum() / batch)
+    assert np.mean(found) == pytest.approx(own_block(order, batch), rel=0.1)
+    if share == 1:
+        assert own_block(order, batch) == pytest.approx(batch / window_blocks, rel=0.1)
 
 
 @given(orders(), st.data())
@@ -338,7 +345,7 @@ def test_a_row_meets_as_many_rows_of_its_document_as_the_formula_says() -> None:
     order, batch = shuffled()
     counts = histograms(order.step(step, batch) for step in range(order.kept // batch))
     found = (counts * (counts - 1)).sum() / counts.sum()
-    assert found == pytest.approx(companions(batch, order.block_rows, order.window_rows), rel=0.1)
+    assert found == pytest.approx(batch * order.block_rows / order.window_rows, rel=0.1)
 
 
 def test_every_batch_is_a_draw_of_its_window_and_its_neighbour_tells_nothing_of_it() -> None:

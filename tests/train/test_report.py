@@ -97,6 +97,9 @@ def test_a_page_has_curves_and_both_histograms_and_an_autoencoder_has_no_relativ
     for name, pictures in (("two", 4), ("three", 4), ("one", 3)):
         text = page(folders[name])
         assert text.count("<svg") == text.count("</svg>") == pictures
+        names = re.findall(r'\bid="([^"]+)"', text)
+        assert len(names) == len(set(names)) > 10
+        assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= set(names)
         assert [title in text for title in titles] == [True] * 3 + [name != "one"]
 
 

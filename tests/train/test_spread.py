@@ -129,11 +129,11 @@ class Ended:
 
 def test_gpus_that_are_not_there_are_refused(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ConfigError, match=r"these GPUs cannot be used: none\. This machine shows 0"):
+    with pytest.raises(ConfigError, match=r"these GPUs cannot be used: none\. GPUs that this machine shows: 0"):
         sweep(store, {**ASKED, "sweep": {}}, tmp_path / "runs", gpus=[], quiet=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for wrong in ([2], [-1], [0, 0]):
-        with pytest.raises(ConfigError, match="This machine shows 2"):
+        with pytest.raises(ConfigError, match="this machine shows: 2"):
             spread.devices(wrong)
     assert not (tmp_path / "runs").exists()
 

@@ -307,3 +307,13 @@ def test_a_list_of_configs_is_a_sweep_too(store: Store, tmp_path: Path) -> None:
     found = sweep(store, [{**BASE, "steps": 1}, {**BASE, "steps": 2}], tmp_path / "runs", quiet=True)
     assert [one.folder.name for one in found.runs] == ["0-topk", "1-topk"]
     assert found.runs[1].dictionary.latents == 32 and not found.runs[1].dictionary.training
+
+
+def test_the_folder_of_a_sweep_is_taken_and_the_way_on_is_told(store: Store, tmp_path: Path) -> None:
+    asked = {**BASE, "steps": 2, "sweep": {"grid": {"seed": [0, 1]}}}
+    sweep(store, asked, tmp_path / "runs", quiet=True)
+    told = r"this folder holds a sweep already: .*runs\. Give another folder \(--out\), or: train resume .*runs"
+    with pytest.raises(CheckpointError, match=told):
+        sweep(store, asked, tmp_path / "runs", quiet=True)
+    with pytest.raises(CheckpointError, match=told):
+        fit(store, BASE, tmp_path / "runs", quiet=True)
