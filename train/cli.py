@@ -105,7 +105,9 @@ def plan(
     steps: Steps = None, batch: Batch = None, seed: Seed = None, device: Device = None, threads: Threads = None,
     memory: Memory = None, out: Out = None, below: Stage = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """What a run, or a sweep, would read and take: rows, order, memory, time and disk. Takes the options of train run.
+    """What a run, or a sweep, would read and take: rows, order, memory, time and disk.
+
+    Takes the options of train run, but --gpus: each GPU plans its share when it begins.
 
     Example: train plan pair.zarr --method batch_topk --wiring dedicated --latents 16384 --steps 5000 --grid seed=0,1
     """

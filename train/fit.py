@@ -99,6 +99,7 @@ def resume(folder: str | Path, store: Place | Sequence[Place] | None = None, qui
     path = Path(folder)
     asked = run.config_of(path)
     if run.finished(path):
+        Log(quiet=quiet).event("finished", f"{path} is finished already")
         return _result(path)
     opened = run.store_of(path, None if store is None else open_mixture(store))
     [ready] = prepare.ready(opened, [asked])
@@ -117,6 +118,7 @@ def resume_sweep(
     folders = list(dict.fromkeys(path for one in given for path in run.folders_of(one)))
     left = [path for path in folders if not run.finished(path)]
     if not left:
+        Log(quiet=quiet).event("finished", f"{given[0]} is finished already")
         return _results(given[0], folders, {})
     asked = [run.config_of(path) for path in left]
     opened = run.store_of(left[0], None if store is None else open_mixture(store))

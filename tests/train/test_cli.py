@@ -171,7 +171,9 @@ def test_a_run_that_is_terminated_says_how_to_go_on_and_goes_on(
     assert again.out.startswith(report.text(figures)) and f"store       {store.path}" in again.out
     assert figures == json.loads((run / "measure.json").read_text())
     finished = say("resume", out, "--json")
-    assert json.loads(finished.out) == {"folder": str(out), **figures} and finished.err == ""
+    assert (
+        json.loads(finished.out) == {"folder": str(out), **figures} and finished.err == f"{out} is finished already\n"
+    )
     wrong = say("resume", out / "checkpoints")
     assert (
         wrong.code == 1
