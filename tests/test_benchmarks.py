@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import harvest, loader, memory, put, sweep
+from tests.benchmarks import device, harvest, loader, memory, put, sweep
 
 
 def said(
@@ -48,6 +48,15 @@ def test_the_ways_of_the_loader_come_as_a_table(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-m", "pytest", *asked], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
     assert all(re.search(rf"\ntest_way\[512x1-{way}\] +[\d.,]+ \(", run.stdout) for way in loader.ROUNDS)
+
+
+def test_batches_on_a_device_are_compared_with_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = said(device.main, ["8", "64", "128", "3", "cpu"], monkeypatch, capfd)
+    assert len(re.findall(r"\nratio +[\d.]+ ", told)) == 2 and re.search(r"\nstall +\d+\.\d\d%\nlimit 2%: ", told)
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_at_once_are_compared_with_their_steps_alone(

@@ -191,6 +191,35 @@ def test_reused_memory_holds_the_same_batches_each_until_the_next(
     assert device.type == "cuda" or len(places) == slots
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: there are no streams")
+@pytest.mark.parametrize("late", ["the copies", "the consumer"])
+def test_copies_and_the_consumers_work_wait_for_each_other(
+    store: Store, order: Order, late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches this small would hide a wait that is missing, so one of the two streams is held up."""
+    cuda, cycles = torch.device("cuda"), 20_000_000  # some ten milliseconds
+    send = Loader._send
+
+    def late_send(self: Loader, *given: Any) -> None:
+        torch.cuda._sleep(cycles)  # on the copy stream, where it is current
+        send(self, *given)
+
+    if late == "the copies":
+        monkeypatch.setattr(Loader, "_send", late_send)
+    found, numbers = [], []
+    with Loader(store, ["a", "b"], order, BATCH, range(16), cuda, threads=2, slots=2) as loader:
+        for rows in loader:
+            if late == "the consumer":
+                torch.cuda._sleep(cycles)
+            found.append({name: x_BD + 0 for name, x_BD in rows.x.items()})
+            numbers.append(rows.rows_B.numpy())
+            del rows  # its memory may be taken for the next batch, but not before this stream has read it
+    for x, rows_B in zip(found, numbers, strict=True):
+        for name, factor in (("a", 4.0), ("b", 0.5)):
+            stored = store.column(f"activations/{name}")[rows_B].astype(np.float32)
+            assert np.array_equal(x[name].cpu().numpy(), stored * np.float32(factor))
+
+
 @given(st.integers(0, 30), st.integers(1, 150), st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
 def test_a_run_that_starts_anywhere_equals_the_rest_of_the_whole(
