@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shared.errors import SpaceError
 
@@ -110,14 +110,24 @@ def alone(path: Path, waits: Callable[[], object]) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(file):
             waits()
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # some network disks know no locks
-            raise OSError(error.errno, f"{error.strerror} (locking a file)", file.name) from None
         yield
+
+
+def locked(file: IO[Any]) -> bool:
+    """Take the lock of an open file, which the system lets go when its holder ends; false where another has it.
+
+    Raises OSError, with the file's name, where there are no locks, as on some network disks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} (locking a file)", file.name) from None
+    return True
 
 
 def sha256_file(path: Path) -> str:

@@ -110,10 +110,15 @@ def passes(runs: Sequence[Ready], found: Sequence[Cost], begun: Sequence[int], m
     they fit into `memory` bytes (none: 0.9 of what is free on their device). Raises ConfigError for one that does not
     fit alone.
     """
+    return [fitting for group in alike(runs, begun) for fitting in _fitting(group, runs, found, memory)]
+
+
+def alike(runs: Sequence[Ready], begun: Sequence[int]) -> list[list[int]]:
+    """The numbers of the runs that could share a pass, group by group."""
     groups: dict[str, list[int]] = {}
     for n, one in enumerate(runs):
         groups.setdefault(configs.canonical(shared(one, begun[n])), []).append(n)
-    return [fitting for group in groups.values() for fitting in _fitting(group, runs, found, memory)]
+    return list(groups.values())
 
 
 def shared(run: Ready, begun: int) -> dict[str, Any]:
@@ -160,8 +165,8 @@ def parted(runs: Sequence[Ready], begun: Sequence[int], planned: Sequence[Sequen
     """Why these runs take more than one pass: the keys in which they differ, and memory. Empty for a single pass."""
     firsts = [shared(runs[group[0]], begun[group[0]]) for group in planned]
     why = [key for key in firsts[0] if len({configs.canonical(one[key]) for one in firsts}) > 1]
-    alike = len({configs.canonical(one) for one in firsts}) < len(firsts)
-    return ", ".join([*why, *(["memory"] if alike else [])])
+    again = len({configs.canonical(one) for one in firsts}) < len(firsts)
+    return ", ".join([*why, *(["memory"] if again else [])])
 
 
 def gb(size: int) -> str:

@@ -6,7 +6,6 @@ and, where they are asked for (train.trackers), tensorboard/  wandb/  wandb.json
 A sweep's folder has sweep.json, which names its runs, and a folder for each.
 """
 
-import fcntl
 import itertools
 import json
 import math
@@ -151,12 +150,8 @@ def held(folder: Path) -> Iterator[None]:
         yield
         return
     with (folder / report.CONFIG).open("rb") as file:  # whose lock the system lets go when its holder ends
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError("another process trains this run", folder, "Wait for it, or stop it") from None
-        except OSError as error:  # some network disks know no locks
-            raise OSError(error.errno, f"{error.strerror} (locking a file)", file.name) from None
+        if not files.locked(file):
+            raise CheckpointError("another process trains this run", folder, "Wait for it, or stop it")
         yield
 
 

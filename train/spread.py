@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from shared import config as configs
 from shared.errors import ConfigError, Stopped
 from train import parallel, plan
 from train.prepare import Ready
@@ -42,19 +41,16 @@ def devices(gpus: Sequence[int]) -> list[str]:
 def shares(runs: Sequence[Ready], count: int) -> list[list[int]]:
     """The numbers of the runs of each of `count` devices: the longest first, to the device with the least to do.
 
-    Runs that can share a pass (plan.shared) stay on one device, unless they are much more than its share of all work.
+    Runs that can share a pass (plan.alike) stay on one device, unless they are much more than its share of all work.
     """
     work = [run.config.steps * run.config.batch * run.wiring.latents * sum(run.wiring.widths.values()) for run in runs]
-    alike: dict[str, list[int]] = {}
-    for n, one in enumerate(runs):
-        alike.setdefault(configs.canonical(plan.shared(one, 0)), []).append(n)
 
     def load(some: Sequence[int]) -> int:
         return sum(work[n] for n in some)
 
     units = [
         unit
-        for group in alike.values()
+        for group in plan.alike(runs, [0] * len(runs))
         for unit in ([group] if load(group) * count <= UNEVEN * sum(work) else [[n] for n in group])
     ]
     parts: list[list[int]] = [[] for _ in range(count)]

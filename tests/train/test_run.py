@@ -87,7 +87,7 @@ def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.ENOLCK, "No locks available")
 
     (tmp_path / report.CONFIG).touch()
-    monkeypatch.setattr(run.fcntl, "flock", none)
+    monkeypatch.setattr(files.fcntl, "flock", none)
     with pytest.raises(OSError, match=r"No locks available \(locking a file\): .*config\.toml"), run.held(tmp_path):
         pass
 
