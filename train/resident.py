@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared.device import free_memory, sent
 from shared.view import View
-from train.loader import Feed, Loader, Rows, Slot
+from train.loader import Feed, Loader, Rows, ring
 from train.order import Order
 from train.reader import Reader
 from train.sources import Sources
@@ -96,7 +96,7 @@ class Held(Feed):
 def _copied(reader: Reader, rows_K: np.ndarray, block_rows: int, device: torch.device) -> dict[str, Tensor]:
     """These rows as they are stored, on the device: {source: [K, D]}. One piece is read while another one travels."""
     dtype, most = reader.store.dtype, max(1, COPY_BYTES // (reader.dtype.itemsize * max(reader.widths.values())))
-    slots = [Slot(reader.widths, {}, dtype, min(most, len(rows_K)), device, reuse=False) for _ in range(2)]
+    slots = ring(2, reader, {}, min(most, len(rows_K)), device)
     x = {name: torch.empty(len(rows_K), width, dtype=dtype, device=device) for name, width in reader.widths.items()}
     pieces = [slice(at, at + most) for at in range(0, len(rows_K), most)]
     blocks = [np.unique(rows_K[piece] // block_rows) * block_rows for piece in pieces]
