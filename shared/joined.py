@@ -109,11 +109,20 @@ class _Joined(Shards):
         self._parts = [(part, *edges) for part, edges in zip(parts, pairwise(starts), strict=True)]
         self.threads, self.owns = max(part.threads for part in parts), any(part.owns for part in parts)
 
+    def check(self, rows_B: np.ndarray) -> None:
+        for part, start, here in self._shares(rows_B):
+            part.check(rows_B[here] - start)
+
     def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
+        for part, start, here in self._shares(rows_B):
+            part.take(rows_B[here] - start, out_BD[here], pool)
+
+    def _shares(self, rows_B: np.ndarray) -> Iterator[tuple[Shards, int, slice]]:
+        """Each part that has some of these rows, its first row, and which rows these are."""
         for part, start, stop in self._parts:
             here = slice(*np.searchsorted(rows_B, (start, stop)).tolist())
             if here.start < here.stop:
-                part.take(rows_B[here] - start, out_BD[here], pool)
+                yield part, start, here
 
     def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:
         for part, here in self._split(pieces):

@@ -45,18 +45,27 @@ class MappedShards(Shards):
         self._opened: dict[int, io.FileIO] = {}
         self._lost: StoreDamagedError | None = None
 
-    def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
+    def check(self, rows_B: np.ndarray) -> None:
         if self._lost is not None:
             raise self._lost
+        for shard, _ in self._shares(rows_B):
+            rows_ND = self._map(shard)
+            if os.fstat(self._opened[shard].fileno()).st_size < rows_ND.nbytes:  # to touch its pages ends the process
+                raise shorter(self._files.path(shard))
+
+    def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
+        for shard, here in self._shares(rows_B):
+            local_B = rows_B[here] - shard * self._grid.shard_rows
+            # The default mode, "raise", gathers into a temporary array first.
+            self._map(shard).take(local_B, axis=0, out=out_BD[here], mode="clip")
+
+    def _shares(self, rows_B: np.ndarray) -> Iterator[tuple[int, slice]]:
+        """Each shard that has some of these rows, and which these are."""
         size, start = self._grid.shard_rows, 0
         while start < len(rows_B):
             shard = int(rows_B[start]) // size
             stop = int(rows_B.searchsorted((shard + 1) * size))
-            rows_ND = self._map(shard)
-            if os.fstat(self._opened[shard].fileno()).st_size < rows_ND.nbytes:  # to touch its pages ends the process
-                raise shorter(self._files.path(shard))
-            # The default mode, "raise", gathers into a temporary array first.
-            rows_ND.take(rows_B[start:stop] - shard * size, axis=0, out=out_BD[start:stop], mode="clip")
+            yield shard, slice(start, stop)
             start = stop
 
     def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:

@@ -90,10 +90,14 @@ class Shards(ABC):
 
     @abstractmethod
     def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
-        """Fill `out_BD` with these rows, which ascend, as they were stored.
+        """Fill `out_BD` with these rows, which ascend and were just checked, as they were stored.
 
-        Raises StoreDamagedError where a file is shorter than it was, or a packed chunk cannot be read.
+        Raises StoreDamagedError where what is read for it only now is cut short, or cannot be decoded.
         """
+
+    @abstractmethod
+    def check(self, rows_B: np.ndarray) -> None:
+        """Raise StoreDamagedError where a file of these rows, which ascend, is shorter than it was."""
 
     @abstractmethod
     def will_need(self, pieces: Sequence[Piece], pool: Executor) -> None:
@@ -165,6 +169,9 @@ class KeptShards(Shards):
         self._taken_X = np.zeros(count, np.int32)  # by every `take` that runs: what it reads stays, whoever forgets it
         self._pending: dict[int, Future[None]] = {}  # pieces that are being got, or could not be
         self._lock = threading.Lock()
+
+    def check(self, rows_B: np.ndarray) -> None:
+        """Nothing: what is short is found where it is read."""
 
     def take(self, rows_B: np.ndarray, out_BD: np.ndarray, pool: Executor) -> None:
         piece_B, local_B = np.divmod(rows_B, self._grid.piece_rows)

@@ -111,8 +111,10 @@ class View(ABC):
         """These rows of a source, in any order, as they were stored: [B, D]. layout.floats makes numbers of them."""
         found_BD = np.empty((len(rows_B), self.source(source).width), layout.DTYPES[self.header.plan["dtype"]])
         order_B = np.argsort(rows_B, kind="stable")
+        shards = self.activations(source)
         with ThreadPoolExecutor(THREADS, "decode") as pool:
-            self.activations(source).take(rows_B[order_B], found_BD, pool)
+            shards.check(rows_B[order_B])
+            shards.take(rows_B[order_B], found_BD, pool)
         if (order_B[1:] > order_B[:-1]).all():
             return found_BD
         out_BD = np.empty_like(found_BD)

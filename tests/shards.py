@@ -50,5 +50,6 @@ def write(form: Form, folder: Path, rows_ND: np.ndarray | None = None) -> Writte
 
 def taken(source: Shards, rows_B: np.ndarray, like: np.ndarray, pool: Executor) -> bytes:
     out_BD = np.empty((len(rows_B), like.shape[1]), like.dtype)
+    source.check(rows_B)
     source.take(rows_B, out_BD, pool)
     return out_BD.tobytes()

@@ -92,12 +92,9 @@ class Slot:
     def fill(self, reader: Reader, rows_B: np.ndarray, put: Callable[[str, torch.Tensor, slice], object]) -> None:
         """Gather these rows and put(source, [part of B, D], which part) each part; its copy may be under way after."""
         self.wait()
-        for name, x_BD in self._stage.x.items():
-            for start in range(0, len(rows_B), len(x_BD)):
-                part = slice(start, min(start + len(x_BD), len(rows_B)))
-                part_BD = x_BD[: part.stop - start]
-                reader.gather(rows_B[part], {name: layout.stored(part_BD)})
-                put(name, part_BD, part)
+        x = self._stage.x
+        for name, part in reader.pieces(rows_B, {name: layout.stored(x_BD) for name, x_BD in x.items()}):
+            put(name, x[name][: part.stop - part.start], part)
         if self.read is not None:
             self.read.record(torch.cuda.current_stream(self._device))
 

@@ -47,10 +47,26 @@ class Reader:
 
         Raises StoreDamagedError where a file is shorter than it was, or a packed chunk cannot be read.
         """
+        for _ in self.pieces(rows_B, out):
+            pass
+
+    def pieces(self, rows_B: np.ndarray, buffers: Mapping[str, np.ndarray]) -> Iterator[tuple[str, slice]]:
+        """Gather these rows, one source after another, as many at once as its buffer, [any, width], has room for.
+
+        Yields (source, which of the rows lie in its buffer now, from its beginning on). Errors as `gather`.
+        """
         edges = [0, *(np.flatnonzero(rows_B[1:] < rows_B[:-1]) + 1).tolist(), len(rows_B)]
-        for start, stop in pairwise(edges):  # of rows that ascend
-            for name, out_BD in out.items():
-                self._sources[name].take(rows_B[start:stop], out_BD[start:stop], self._pool)
+        ascending = list(pairwise(edges))
+        for name, buffer_BD in buffers.items():
+            for start, stop in ascending:
+                self._sources[name].check(rows_B[start:stop])
+            for first in range(0, len(rows_B), max(len(buffer_BD), 1)):
+                last = min(first + len(buffer_BD), len(rows_B))
+                for start, stop in ((max(start, first), min(stop, last)) for start, stop in ascending):
+                    if start < stop:
+                        out_BD = buffer_BD[start - first : stop - first]
+                        self._sources[name].take(rows_B[start:stop], out_BD, self._pool)
+                yield name, slice(first, last)
 
     def stream(self, rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """(rows_B, {source: [B, width]}) of these ascending rows, batch after batch in file order."""

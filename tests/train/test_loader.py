@@ -34,6 +34,7 @@ from train.loader import Loader, Rows
 from train.order import FileOrder, Groups, Order, Stream, group_starts
 from train.reader import Reader
 
+Arrays = Mapping[str, np.ndarray]
 ROWS, BATCH = 101, 16
 
 
@@ -286,13 +287,13 @@ def test_a_piece_is_got_once_for_every_time_that_it_comes_into_reach(
     for kind in (PackedPieces, RawPieces):
         _spied(kind, "get", got, monkeypatch)
         _spied(kind, "some", alone, monkeypatch)
-    gather = Reader.gather
+    pieces = Reader.pieces
 
-    def now_and_then_late(self: Reader, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
+    def now_and_then_late(self: Reader, rows_B: np.ndarray, buffers: Arrays) -> Iterator[tuple[str, slice]]:
         time.sleep(0.01 if next(calls) % 7 == 3 else 0)
-        gather(self, rows_B, out)
+        yield from pieces(self, rows_B, buffers)
 
-    monkeypatch.setattr(Reader, "gather", now_and_then_late)
+    monkeypatch.setattr(Reader, "pieces", now_and_then_late)
     with Loader(store.through(Access(io)), ["a"], order, batch, range(start, start + 40), CPU, threads) as loader:
         assert len(list(loader)) == 40
     asked = order.front((start + 40) * batch - 1) + order.window_blocks - order.opened(start * batch)
@@ -363,19 +364,19 @@ def test_damage_of_what_is_read_ahead_surfaces_once_and_names_the_file(
 def test_an_error_in_a_thread_surfaces_with_its_own_traceback(
     store: Store, order: Order, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gather = Reader.gather
+    pieces = Reader.pieces
 
-    def gather_until_step_2(self: Reader, rows_B: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
+    def pieces_until_step_2(self: Reader, rows_B: np.ndarray, buffers: Arrays) -> Iterator[tuple[str, slice]]:
         if np.array_equal(rows_B, np.sort(order.step(2, BATCH))):
             raise OSError("the disk is gone")
-        gather(self, rows_B, out)
+        yield from pieces(self, rows_B, buffers)
 
-    monkeypatch.setattr(Reader, "gather", gather_until_step_2)
+    monkeypatch.setattr(Reader, "pieces", pieces_until_step_2)
     served: list[Rows] = []
     with Loader(store, ["a"], order, BATCH, range(10), CPU, threads=3) as loader:
         with pytest.raises(OSError, match="the disk is gone") as error:
             served.extend(iter(loader))
-        assert "gather_until_step_2" in [frame.name for frame in traceback.extract_tb(error.tb)]
+        assert "pieces_until_step_2" in [frame.name for frame in traceback.extract_tb(error.tb)]
         assert list(loader) == [] and not loader_threads()
     assert len(served) <= 2
 

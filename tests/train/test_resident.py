@@ -85,7 +85,7 @@ def test_only_the_kept_rows_are_copied_and_none_are_read_behind_that(
     held = Held(stores["map"], ["a", "b"], order, BATCH, range(30), CPU)
     assert {name: tuple(x.shape) for name, x in held._x.items()} == {"a": (order.kept, 6), "b": (order.kept, 4)}
     assert {x.dtype for x in held._x.values()} == {torch.float16}
-    monkeypatch.setattr(Reader, "gather", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(Reader, "pieces", lambda *_: pytest.fail("rows were read"))
     assert len(list(held)) == 30
 
 
