@@ -1,5 +1,6 @@
 """The benchmarks run and report. What they measure is no test's business: a machine that is shared has no timings."""
 
+import os
 import re
 import subprocess
 import sys
@@ -45,7 +46,11 @@ def test_the_loader_is_compared_with_what_people_do_otherwise(
 @pytest.mark.slow
 def test_the_ways_of_the_loader_come_as_a_table(tmp_path: Path) -> None:
     asked = ["-p", "no:xdist", "tests/benchmarks/loader.py", "-k", "512x1", "--basetemp", str(tmp_path / "t")]
-    run = subprocess.run([sys.executable, "-m", "pytest", *asked], capture_output=True, text=True, check=False)
+    # A worker of xdist tells its children that they are such workers, too, and benchmarks would then not run.
+    here = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *asked], env=here, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stdout
     assert all(re.search(rf"\ntest_way\[512x1-{way}\] +[\d.,]+ \(", run.stdout) for way in loader.ROUNDS)
 
