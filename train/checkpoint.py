@@ -11,6 +11,7 @@ from torch import Tensor
 from shared import config, files
 from shared.errors import CheckpointError
 from shared.layout import crc32c
+from train import parallel
 from train.trainer import Trainer
 
 PIECE_BYTES = 2**24
@@ -28,7 +29,7 @@ def save(trainer: Trainer, folder: Path, identity: Mapping[str, Any], keep: int)
     with files.folder_atomic(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary / TENSORS)
         files.open_like_folder(temporary / TENSORS)
-        told = {"step": trainer.step, "crc32c": _crc32c(temporary / TENSORS)}
+        told = {"step": trainer.step, "ranks": parallel.world(), "crc32c": _crc32c(temporary / TENSORS)}
         files.write_json(temporary / STATE, {**told, "groups": state["optimiser"]["param_groups"], **identity})
     for old in steps(folder)[:-keep]:
         files.remove_folder(old)
@@ -46,12 +47,15 @@ def steps(folder: Path) -> list[Path]:
     return sorted(path for path in whole if (path / STATE).exists())
 
 
-def load(trainer: Trainer, path: Path, identity: Mapping[str, Any]) -> None:
-    """Put a checkpoint into a trainer of the same config. Raises CheckpointError, naming what differs."""
+def load(trainer: Trainer, path: Path, identity: Mapping[str, Any]) -> int:
+    """Put a checkpoint into a trainer of the same config. Returns how many ranks made it.
+
+    Raises CheckpointError, naming what differs.
+    """
     way_out = "Remove its folder: train resume then goes on from the one before it, or begins again"
     try:
         saved, tensors = files.read_json(path / STATE), load_file(path / TENSORS)
-        if _crc32c(path / TENSORS) != saved["crc32c"]:
+        if saved["ranks"] < 1 or _crc32c(path / TENSORS) != saved["crc32c"]:
             raise CheckpointError("this checkpoint is damaged", path / TENSORS, way_out)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError("this checkpoint is damaged", path, f"{way_out} ({error})") from None
@@ -71,3 +75,4 @@ def load(trainer: Trainer, path: Path, identity: Mapping[str, Any]) -> None:
             "step": saved["step"],
         }
     )
+    return int(saved["ranks"])

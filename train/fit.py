@@ -76,8 +76,9 @@ def sweep(
     """
     asked, opened = _asked(config), open_mixture(store)
     parallel.first(lambda: run.require_free(folder))
-    devices = None if gpus is None else spread.devices(gpus)
-    ready = prepare.ready(opened, [one.config for one in asked])
+    configs_asked = [one.config for one in asked]
+    devices = None if gpus is None else spread.devices(gpus, configs_asked)
+    ready = prepare.ready(opened, configs_asked)
     # Without `memory` each GPU's process plans by what is free there.
     planned = devices is None or memory is not None
     passes = _passes(ready, [0] * len(ready), memory, quiet or devices is not None) if planned else []
@@ -124,7 +125,7 @@ def resume_sweep(
     opened = run.store_of(left[0], None if store is None else open_mixture(store))
     for path in left[1:]:
         run.store_of(path, opened)
-    devices = None if gpus is None else spread.devices(gpus)
+    devices = None if gpus is None else spread.devices(gpus, asked)
     ready = prepare.ready(opened, asked)
     if devices is not None:
         return _spread(opened, ready, left, devices, folders, given[0], quiet, memory)

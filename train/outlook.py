@@ -69,7 +69,7 @@ def _run(name: str, run: Ready, cost: plan.Cost) -> dict[str, Any]:
     return {
         "run": name, "method": asked.method.name, "wiring": asked.wiring.kind, "latents": asked.wiring.latents,
         "steps": asked.steps, "epochs": asked.steps * asked.batch / run.order.kept,
-        **asdict(cost), "disk_bytes": plan.disk_bytes(run, cost),
+        **asdict(cost), "disk_bytes": plan.disk_bytes(run, cost), "notes": run.notes,
     }  # fmt: skip
 
 
@@ -83,12 +83,14 @@ def text(told: Mapping[str, Any]) -> str:
     if len(told["runs"]) > 1:
         why = f", since they differ in {told['parted_by']}" if told["parted_by"] else ""
         lines.append(f"at once  {' + '.join(str(len(one)) for one in told['passes'])} runs{why}")
+    notes = [f"note     {one['run']}: {note}" for one in told["runs"] for note in one["notes"]]
     what = "" if told["memory_measured"] else " and what a step takes, which this system does not tell"
     return "\n".join([
         *lines,
         f"memory   {gb(told['memory_bytes'])}{what} of {gb(told['free_bytes'])} free on {told['device']}",
         f"time     {timedelta(seconds=round(told['seconds']))} of steps, reading and measuring not counted",
         f"disk     {gb(told['disk_bytes'])} of {gb(told['disk_free_bytes'])} free",
+        *notes,
     ])  # fmt: skip
 
 

@@ -40,6 +40,12 @@ class Ready:
     def name(self) -> str:
         return f"{self.config.wiring.kind} {self.config.method.name}"
 
+    @property
+    def notes(self) -> list[str]:
+        """What works, and is hardly what was meant."""
+        short = self.config.optimiser.warmup >= self.config.steps
+        return ["optimiser.warmup is as long as the run: the learning rate never reaches its peak"] if short else []
+
 
 def ready(store: View, asked: Sequence[TrainConfig]) -> list[Ready]:
     """Check everything that can be wrong with these runs. Runs that serve the same rows share one order.

@@ -171,6 +171,7 @@ class Training:
         self.store = store
         told = config.model_dump(mode="json", exclude={"read"})  # which changes no bit of what comes out
         self._identity = {"store": store.header.id, "seals": store.seals, "config": told}
+        self.ranks = parallel.world()  # that trained it until now
         self._kept = -1  # the step of the last checkpoint
         self._record: Mapping[str, Tensor] = {}  # of the last update
 
@@ -181,7 +182,7 @@ class Training:
     def resume(self) -> None:
         """Go back to the last checkpoint, if there is one, and let the log end there. Raises CheckpointError."""
         if found := checkpoint.steps(self.folder / CHECKPOINTS):
-            checkpoint.load(self.trainer, found[-1], self._identity)
+            self.ranks = checkpoint.load(self.trainer, found[-1], self._identity)
         self._kept = self.trainer.step if found else -1
         if parallel.rank() == 0:
             files.sweep(self.folder)

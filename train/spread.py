@@ -14,17 +14,20 @@ import torch
 
 from shared.errors import ConfigError, Stopped
 from train import parallel, plan
+from train.config import TrainConfig
 from train.prepare import Ready
 
 UNEVEN = 1.25  # of its share a device may have that much, rather than part runs that can share a pass
 COMMAND = "from train.cli import main; main()"
 
 
-def devices(gpus: Sequence[int]) -> list[str]:
+def devices(gpus: Sequence[int], asked: Sequence[TrainConfig]) -> list[str]:
     """These GPUs of those that this process sees (none named: all), as CUDA_VISIBLE_DEVICES names them.
 
-    Raises ConfigError for one that is not there.
+    Raises ConfigError for one that is not there, or where a run is to be trained elsewhere.
     """
+    if elsewhere := [one.device for one in asked if one.device not in ("auto", "cuda")]:
+        raise ConfigError("--gpus says where runs are trained", f"device {elsewhere[0]}", "Leave one of the two out")
     if parallel.world() > 1:
         raise ConfigError("--gpus starts processes of its own", "torchrun", "Leave one of the two out")
     count = torch.cuda.device_count()

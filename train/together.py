@@ -61,7 +61,12 @@ class Member:
         log, step, order = self.training.log, self.training.trainer.step, self.ready.order
         if self._goes_on:
             told = f"going on with {self.folder} at step {step:,} of {self.config.steps:,}"
-            log.event("resume", told, step=step, resident=resident)
+            before, ranks = self.training.ranks, parallel.world()
+            if before != ranks:
+                told += (
+                    f" on {ranks} ranks, before on {before}: the sums of a batch round in another order from here on"
+                )
+            log.event("resume", told, step=step, ranks=ranks, resident=resident)
         else:
             kept = {"dropped": self.ready.dropped, "kept": order.kept, "own_block": own_block(order, self.config.batch)}
             log.event("start", self._opening(), **kept, resident=resident)
@@ -135,8 +140,7 @@ class Member:
 
     def _opening(self) -> str:
         asked, order = self.config, self.ready.order
-        short = asked.optimiser.warmup >= asked.steps
-        note = "\noptimiser.warmup is as long as the run: the learning rate never reaches its peak" if short else ""
+        note = "".join(f"\n{note}" for note in self.ready.notes)
         dropped = ", ".join(f"{name} {count:,}" for name, count in self.ready.dropped.items() if count)
         return (
             f"training {self.ready.name} in {self.folder}: {order.kept:,} rows (dropped: {dropped or 'none'}), "

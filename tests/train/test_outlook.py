@@ -12,7 +12,7 @@ from train.fit import fit
 from train.outlook import outlook, text
 from train.sweep import expand
 
-ASKED: dict[str, Any] = {**cases.MOMENT, "steps": 20}
+ASKED: dict[str, Any] = {**cases.MOMENT, "steps": 20, "optimiser": {"warmup": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,13 @@ def test_one_run_is_told_in_few_lines(store: Store, tmp_path: Path) -> None:
     shown = text(outlook(store, expand(ASKED), None, tmp_path)).splitlines()
     heads = ["store", "rows", "order", "windows", "mixing", "", "run", "run", "", "memory", "time", "disk"]
     assert [line.partition(" ")[0] for line in shown] == heads
+
+
+def test_a_warm_up_as_long_as_the_run_is_told(store: Store, tmp_path: Path) -> None:
+    told = outlook(store, expand({**ASKED, "optimiser": {"warmup": 20}}), None, tmp_path)
+    assert told["runs"][0]["notes"] and "learning rate never reaches its peak" in text(told)
+    brief = outlook(store, expand({**ASKED, "optimiser": {"warmup": 19}}), None, tmp_path)
+    assert not brief["runs"][0]["notes"] and "note" not in text(brief)
 
 
 def test_what_the_system_does_not_tell_is_not_made_up(

@@ -216,7 +216,8 @@ def test_a_run_on_two_ranks_is_that_of_one_process_in_one_folder(store: Store, t
     )
 
 
-def stop_and_go_on(folder: Path, store: Path) -> None:
+def stop(folder: Path, store: Path) -> None:
+    """Rank 1 alone is told to stop, in its eighth step."""
     update = Trainer.update
 
     def stopping(self: Trainer, x: Any) -> Any:
@@ -228,6 +229,10 @@ def stop_and_go_on(folder: Path, store: Path) -> None:
     with pytest.raises(Stopped), one_line():
         fit(store, ASKED, folder / "run", quiet=True)
     Trainer.update = update  # type: ignore[method-assign]
+
+
+def stop_and_go_on(folder: Path, store: Path) -> None:
+    stop(folder, store)
     parallel.first(lambda: None)  # the first rank has written its checkpoint
     kept = [path.name for path in checkpoint.steps(folder / "run" / "checkpoints")]
     assert kept[-1] == "step_00000008", kept
@@ -240,6 +245,14 @@ def test_a_stop_of_one_rank_stops_all_at_one_step_and_they_go_on_to_the_same_bit
     assert on_two(train_it, tmp_path / "whole", store.path, ASKED) == [0, 0]
     for name in ("dictionary/dictionary.safetensors", "measure.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / "run" / name).read_bytes()
+
+
+def test_going_on_with_other_ranks_is_told(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert on_two(stop, tmp_path, store.path) == [0, 0]
+    resume(tmp_path / "run")
+    assert "at step 8 of 12 on 1 ranks, before on 2: the sums of a batch round in another order" in (
+        capsys.readouterr().err
+    )
 
 
 def sweep_it(folder: Path, store: Path) -> None:

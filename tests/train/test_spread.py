@@ -109,7 +109,7 @@ def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_of_every_run(store: Store, tmp
 def test_the_memory_of_a_sweep_is_that_of_each_gpu(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spread, "devices", lambda gpus: ["0", "1"])
+    monkeypatch.setattr(spread, "devices", lambda gpus, asked: ["0", "1"])
     asked = {**ASKED, "sweep": {"grid": {"seed": [0, 1]}}}
     with pytest.raises(ConfigError, match="does not fit into memory"):
         sweep(store, asked, tmp_path / "none", gpus=[0, 1], memory=10, quiet=True)
@@ -130,11 +130,20 @@ class Ended:
 def test_gpus_that_are_not_there_are_refused(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match=r"these GPUs cannot be used: none\. GPUs that this machine shows: 0"):
-        sweep(store, {**ASKED, "sweep": {}}, tmp_path / "runs", gpus=[], quiet=True)
+        sweep(store, {**ASKED, "device": "auto", "sweep": {}}, tmp_path / "runs", gpus=[], quiet=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for wrong in ([2], [-1], [0, 0]):
         with pytest.raises(ConfigError, match="this machine shows: 2"):
-            spread.devices(wrong)
+            spread.devices(wrong, [])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_that_are_told_another_device_than_a_gpu_are_refused(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"--gpus says where runs are trained: device cpu\. Leave one of the two out"):
+        sweep(store, {**ASKED, "device": "cpu", "sweep": {}}, tmp_path / "runs", gpus=[0], quiet=True)
     assert not (tmp_path / "runs").exists()
 
 
@@ -146,13 +155,15 @@ def test_gpus_are_named_as_this_process_sees_them(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert spread.devices([]) == names and spread.devices([2, 0]) == [names[2], names[0]]
+    assert spread.devices([], []) == names and spread.devices([2, 0], []) == [names[2], names[0]]
 
 
 def test_a_sweep_over_gpus_is_the_sweep_and_names_what_failed(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spread, "devices", lambda gpus: ["0", "1"])  # the processes train on the CPU, as they are told
+    monkeypatch.setattr(
+        spread, "devices", lambda gpus, asked: ["0", "1"]
+    )  # the processes train on the CPU, as they are told
     asked = {**ASKED, "sweep": {"runs": [{"seed": 0}, {"optimiser.lr": 1e30}, {"seed": 2}]}}
     found = sweep(store, asked, tmp_path / "runs", gpus=[0, 1])
     assert [run.folder.name for run in found.runs] == ["0-seed=0", "2-seed=2"]
