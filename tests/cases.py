@@ -41,7 +41,13 @@ MOMENT: dict[str, Any] = {
 }  # fmt: skip
 # The latents of a planted row that a method may keep, or the price of one; a method that is not named here takes its
 # own defaults with k = 3, where it has a k.
-KEYS: dict[str, dict[str, Any]] = {"standard": {"l1": 0.6, "l1_warmup": 100}}
+KEYS: dict[str, dict[str, Any]] = {
+    "standard": {"l1": 0.6, "l1_warmup": 100},
+    "matryoshka": {"groups": [0.5, 0.5]},
+    "jumprelu": {
+        "penalty": "target", "target": 3, "price": 5.0, "price_warmup": 100, "bandwidth": 1.0, "threshold": 0.5,
+    },
+}  # fmt: skip
 
 
 def small_store(folder: Path) -> Store:

@@ -89,6 +89,7 @@ MODULES: dict[str, dict[str, str]] = {
         "parallel": "what the ranks of torchrun agree on; one process is one rank",
         "kernels": "sparse select, decode and backward, each beside its dense reference",
         "code": "pre-activations, codes, and the record of a forward pass; what makes codes",
+        "activation": "activations that several methods use, and those with gradients of their own",
         "objective": "the terms of a loss",
         "method": "what a method file builds, and how it is found by its file name",
         "methods.*": "one file per training method, which no other file names",

@@ -15,6 +15,7 @@ from train import parallel
 from train.trainer import Trainer
 
 PIECE_BYTES = 2**24
+MODULES = ("dictionary", "terms")
 TENSORS, STATE = "state.safetensors", "state.json"
 
 
@@ -22,7 +23,8 @@ def save(trainer: Trainer, folder: Path, identity: Mapping[str, Any], keep: int)
     """Write folder/step_<step>, and remove all but the last `keep`. `identity` says of which store and config."""
     state = trainer.state_dict()
     path = folder / f"step_{trainer.step:08d}"
-    tensors = {f"dictionary/{name}": value for name, value in state["dictionary"].items()} | {"idle_L": state["idle_L"]}
+    tensors = {f"{part}/{name}": value for part in MODULES for name, value in state[part].items()}
+    tensors["idle_L"] = state["idle_L"]
     for index, moments in state["optimiser"]["state"].items():
         tensors |= {f"optimiser/{index}/{name}": value for name, value in moments.items()}
     files.sweep(folder)  # of what a killed run left
@@ -63,16 +65,19 @@ def load(trainer: Trainer, path: Path, identity: Mapping[str, Any]) -> int:
         way_out = "Put config.toml back as it was, and give the store as it was"
         raise CheckpointError("this checkpoint is of another run; these differ", ", ".join(different), way_out)
     moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimiser/"):
-            _, index, key = name.split("/")
-            moments.setdefault(int(index), {})[key] = value
+    for name, value in _below(tensors, "optimiser/").items():
+        index, key = name.split("/")
+        moments.setdefault(int(index), {})[key] = value
     trainer.load_state_dict(
         {
-            "dictionary": {n.removeprefix("dictionary/"): v for n, v in tensors.items() if n.startswith("dictionary/")},
+            **{part: _below(tensors, f"{part}/") for part in MODULES},
             "optimiser": {"state": moments, "param_groups": saved["groups"]},
             "idle_L": tensors["idle_L"],
             "step": saved["step"],
         }
     )
     return int(saved["ranks"])
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -4,7 +4,7 @@ Letters: B rows of a batch, D width of a source, L latents of the dictionary, S 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,6 +36,11 @@ class Ports:
     def to(self, device: torch.device) -> "Ports":
         return Ports(self.slices, self.local_L.to(device), self.present_L.to(device))
 
+    def own(self, of_L: Tensor, dim: int = 0) -> Tensor:
+        """What a tensor over the dictionary's latents has of the source's own, in their order."""
+        parts = [of_L.narrow(dim, one.start, one.stop - one.start) for one in self.slices]
+        return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
     @property
     def size(self) -> int:
         return size_of(self.slices)
@@ -53,12 +58,20 @@ class Code(ABC):
         """sum over latents of f x W: what the code writes to one source, [B, D]."""
 
     @abstractmethod
+    def write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
+        """What each group of latents (`group_L` is the number of a latent's) writes to one source, [B, groups, D]."""
+
+    @abstractmethod
     def fires_L(self) -> Tensor:
         """How many rows of the batch each latent fires on (a code above 0), int64."""
 
     @abstractmethod
     def l1(self, weight_L: Tensor) -> Tensor:
         """The mean over rows of sum over latents of f x weight, a scalar; what penalties see."""
+
+    @abstractmethod
+    def sums(self, of: Callable[[Tensor], Tensor], weight_L: Tensor) -> Tensor:
+        """The sum over latents of of(f x weight) for every row, [B]: what penalties see. of(0) must be 0."""
 
     @abstractmethod
     def smallest(self, norm_L: Tensor) -> Tensor:
@@ -76,18 +89,20 @@ class DenseCode(Code):
         return self.f_BL
 
     def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
-        f_BS = (
-            torch.cat([self.f_BL[:, one] for one in ports.slices], 1)
-            if len(ports.slices) > 1
-            else self.f_BL[:, ports.slices[0]]
-        )
-        return f_BS @ W_SD
+        return ports.own(self.f_BL, 1) @ W_SD
+
+    def write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
+        each = (DenseCode(self.f_BL * (group_L == g), self.soft_BL) for g in range(groups))
+        return torch.stack([one.write(W_SD, ports) for one in each], 1)
 
     def fires_L(self) -> Tensor:
         return (self.f_BL > 0).sum(0)
 
     def l1(self, weight_L: Tensor) -> Tensor:
         return (self.soft_BL @ weight_L).mean()
+
+    def sums(self, of: Callable[[Tensor], Tensor], weight_L: Tensor) -> Tensor:
+        return of(self.soft_BL * weight_L).sum(1)
 
     def smallest(self, norm_L: Tensor) -> Tensor:
         return _smallest_positive(self.f_BL * norm_L)
@@ -110,11 +125,24 @@ class SparseCode(Code):
         y_BD = Decode.apply(self.value_K, W_SD, self.entries, ports.slices, ports.local_L[latent_K], present_K)
         return y_BD
 
+    def write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
+        place_K = self.entries.row_K * groups + group_L[self.entries.latent_K]
+        order_K = torch.argsort(place_K, stable=True)
+        split = Entries(
+            place_K[order_K], self.entries.latent_K[order_K], self.entries.rows * groups, self.entries.latents
+        )
+        written = SparseCode(split, self.value_K[order_K]).write(W_SD, ports)
+        return written.view(self.entries.rows, groups, W_SD.shape[1])
+
     def fires_L(self) -> Tensor:
         return torch.bincount(self.entries.latent_K, (self.value_K > 0).double(), self.entries.latents).long()
 
     def l1(self, weight_L: Tensor) -> Tensor:
         return (self.value_K * weight_L[self.entries.latent_K]).sum() / self.entries.rows
+
+    def sums(self, of: Callable[[Tensor], Tensor], weight_L: Tensor) -> Tensor:
+        value_K = of(self.value_K * weight_L[self.entries.latent_K])
+        return value_K.new_zeros(self.entries.rows).index_add(0, self.entries.row_K, value_K)
 
     def smallest(self, norm_L: Tensor) -> Tensor:
         return _smallest_positive(self.value_K * norm_L[self.entries.latent_K])
@@ -137,7 +165,8 @@ class Pre:
     ) -> None:
         self.wiring, self.x, self.weights, self.ports, self.bias_L = wiring, x, weights, ports, bias_L
 
-    def dense(self) -> Tensor:
+    @cached_property
+    def dense_BL(self) -> Tensor:
         """h_BL with a graph: for dense methods."""
         starts = dict.fromkeys(self.weights, 0)
         spans = []

@@ -23,6 +23,7 @@ class WiringConfig(Config):
     )
     exclusive: int | float | dict[str, int | float] = 0.05  # dedicated: latents (integer) or share per source
     norm: Norm = "sum"  # the decoder norm that weights sparsity and selection: sum, joint, mean, none
+    decoder: Literal["free", "unit"] = "free"  # unit: what a latent writes, to all sources together, has the length 1
     decoder_norm: float | None = Field(None, gt=0)  # length of fresh decoder vectors; none: 0.4, or 1 for one source
 
 

@@ -19,7 +19,7 @@ from shared import files
 from shared.device import device_of
 from shared.errors import CheckpointError, RowsError
 from train import method as methods
-from train.code import Activation, DenseCode, Forward, Ports, Pre
+from train.code import Activation, Code, DenseCode, Forward, Ports, Pre
 from train.scale import Scale
 from train.sources import parts
 from train.wiring import Span, Wiring
@@ -47,6 +47,9 @@ class Weights(nn.Module):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
+
+    def items(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((source, self[source]) for source in self)
 
 
 class Dictionary(nn.Module):
@@ -139,8 +142,11 @@ class Dictionary(nn.Module):
         pre = self.pre(x)
         code = self.activation(pre, norm_L)
         target = {name: self.scale.scaled(name, self._rows(name, x)) for name in self.wiring.writers}
-        y = {name: code.write(self.decoder[name], self.writes[name]) + self.bias[name] for name in self.wiring.writers}
-        return Forward(target, y, code, pre, norm_L)
+        return Forward(target, self.written(code), code, pre, norm_L)
+
+    def written(self, code: Code) -> dict[str, Tensor]:
+        """What a code writes, with the biases, in scaled space: {writer: [B, D]}."""
+        return {name: code.write(self.decoder[name], self.writes[name]) + self.bias[name] for name in self.decoder}
 
     def encode(self, x: Mapping[str, Tensor]) -> Tensor:
         """The codes f_BL of raw rows {reader: [B, D]}. Those of sparse methods have no gradient to the rows."""
@@ -152,11 +158,7 @@ class Dictionary(nn.Module):
         if f_BL.ndim != 2 or f_BL.shape[1] != self.latents:
             value = f"{tuple(f_BL.shape)}, not (B, {self.latents})"
             raise RowsError("codes that do not fit the dictionary", value, "Give what encode returns")
-        code = DenseCode(f_BL, f_BL)
-        return {
-            name: self.scale.raw(name, code.write(self.decoder[name], self.writes[name]) + self.bias[name])
-            for name in self.wiring.writers
-        }
+        return {name: self.scale.raw(name, y_BD) for name, y_BD in self.written(DenseCode(f_BL, f_BL)).items()}
 
     def decoder_norms(self) -> Tensor:
         """|d| of every latent in every source, in scaled space: [writers, L]; 0 where it does not write."""
@@ -185,6 +187,31 @@ class Dictionary(nn.Module):
             if self.norm == "mean"
             else total_L
         )
+
+    @torch.no_grad()
+    def normalise_decoders(self) -> None:
+        """Bring all that a latent writes, over its sources together, to the length 1. A latent of zeros stays."""
+        norm_L = torch.linalg.vector_norm(self.decoder_norms(), dim=0)
+        safe_L = torch.where(norm_L > 0, norm_L, 1.0)
+        for name, W_SD in self.decoder.items():
+            W_SD.div_(self.writes[name].own(safe_L)[:, None])
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Take from the decoders' gradients what lies along the vectors, over a latent's sources together.
+
+        It would only change lengths that are brought back to 1 (Bricken et al. 2023).
+        """
+        along_L = torch.zeros_like(self.activation.bias_L)
+        for name, W_SD in self.decoder.items():
+            if W_SD.grad is not None:
+                ports = self.writes[name]
+                along_L += (W_SD.grad * W_SD).sum(1)[ports.local_L] * ports.present_L
+        norm_L = self.decoder_norms().square().sum(0)
+        share_L = torch.where(norm_L > 0, along_L / norm_L, 0.0)
+        for name, W_SD in self.decoder.items():
+            if W_SD.grad is not None:
+                W_SD.grad -= self.writes[name].own(share_L)[:, None] * W_SD
 
     # --- files --------------------------------------------------------------------------------------------------
 

@@ -1,25 +1,30 @@
 """What is minimised: a sum of named terms.
 
-Letters: B rows of a batch, D width of a source, L latents, K kept entries.
+Letters: B rows of a batch, D width of a source, L latents, K kept entries, P last batches, Q powers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from train import parallel
-from train.code import Forward, SparseCode
+from train.code import DenseCode, Forward, Pre, SparseCode
 from train.kernels import Entries, top_per_row
 from train.schedule import Schedule
 
 if TYPE_CHECKING:
     from train.dictionary import Dictionary
+
+AuxForm = Literal["input", "error"]
+PowerForm = Literal["lp", "lp_p"]
+RECENT = 10  # batches over which a penalty's size is carried from one power to the next (Karvonen et al. 2024)
 
 
 @dataclass(frozen=True)
@@ -30,59 +35,189 @@ class Now:
     dead_L: Tensor  # bool: latents that have not fired for `dead_rows` rows
 
 
-class Term(ABC):
+class Term(nn.Module, ABC):
     """One addend of the loss: weight(step) x value. A final class per formula."""
 
     def __init__(self, name: str, weight: Schedule) -> None:
+        super().__init__()
         self.name, self.weight = name, weight
 
     @abstractmethod
-    def __call__(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
+    def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
         """The unweighted value, a scalar. Changes nothing."""
+
+    def observe(self, out: Forward, now: Now) -> None:
+        """Called once per training step, with no graph: the only place where its buffers change."""
 
 
 class Reconstruction(Term):
     """mean over rows of sum over written sources of |x - y|^2, in scaled space."""
 
-    def __call__(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
-        return torch.stack([_squared(out.target[source] - out.y[source]) for source in out.y]).sum()
+    def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
+        return squared_error(out.target, out.y)
 
 
 class L1(Term):
     """mean over rows of sum over latents of f x norm (Lindsey et al. 2024 for crosscoders, with norm = sum)."""
 
-    def __call__(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
+    def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
         return out.code.l1(out.norm_L)
 
 
-class AuxK(Term):
-    """The error that the k_aux strongest dead latents of a row could explain (Gao et al. 2024, section A.2).
+class Power(Term):
+    """lp_p: the mean over rows of sum of (f x norm)^p; lp: of its 1/p-th power. p falls from 1 to `end` (p-anneal).
 
-    e = x - y, taken as given; e_hat = sum over those latents of relu(h) x W; mean over rows of |e - e_hat|^2, summed
-    over sources. A latent reaches only the sources that it writes to. 0 while no latent is dead, or where the value is
-    not finite.
+    p changes at `updates` steps, evenly spaced from `first` to `last`, the first of which still has p = 1. At a change
+    the value keeps its size: gain <- gain x mean(value at the old p) / mean(value at the new p) over the last RECENT
+    batches (Karvonen et al. 2024, https://arxiv.org/abs/2408.00113).
     """
 
-    def __init__(self, name: str, weight: Schedule, k_aux: int) -> None:
-        super().__init__(name, weight)
-        self.k_aux = k_aux
+    gain: Tensor
+    recent_P2: Tensor
+    seen: Tensor
 
-    def __call__(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
+    def __init__(
+        self, name: str, weight: Schedule, form: PowerForm, end: float, first: int, last: int, updates: int
+    ) -> None:
+        super().__init__(name, weight)
+        self.form = form
+        # The steps from which each of the powers holds.
+        self.at = [first + (last - first) * n // (updates - 1) for n in range(updates)]
+        self.powers = [1 + (end - 1) * n / (updates - 1) for n in range(updates)]
+        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("recent_P2", torch.zeros(RECENT, 2))  # values at this p, and at the next one
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # batches since p changed
+
+    def power(self, step: int) -> float:
+        return self.powers[max(0, sum(at <= step for at in self.at) - 1)]
+
+    def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
+        return self.gain * self._value(out, self.power(now.step))
+
+    def _value(self, out: Forward, p: float) -> Tensor:
+        sum_B = out.code.sums(lambda score: _power(score, p), out.norm_L)
+        return (sum_B if self.form == "lp_p" else _power(sum_B, 1 / p)).mean()
+
+    def observe(self, out: Forward, now: Now) -> None:
+        p, ahead = self.power(now.step), [at for at in self.at if at > now.step]
+        if not ahead:
+            return
+        coming = self.power(ahead[0])
+        pair = [self._value(out, one) / parallel.world() for one in (p, coming)]
+        self.recent_P2[self.seen % RECENT] = torch.stack(parallel.summed(pair))
+        self.seen += 1
+        if ahead[0] == now.step + 1:
+            old, new = self.recent_P2.sum(0)
+            self.gain *= torch.where((old > 0) & (new > 0), old / new, 1.0)
+            self.recent_P2.zero_()
+            self.seen.zero_()
+
+
+class Entropy(Term):
+    """The mean over rows of - sum of q log q, q = f x norm / sum of f x norm: how evenly a row's latents share it.
+
+    A row without a positive code has 0.
+    """
+
+    def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
+        total_B = out.code.sums(lambda score: score, out.norm_L)
+        logs_B = out.code.sums(lambda score: score * torch.where(score > 0, score, 1.0).log(), out.norm_L)
+        safe_B = torch.where(total_B > 0, total_B, 1.0)
+        return (safe_B.log() - logs_B / safe_B).mean()
+
+
+class Frozen(Term):
+    """What relu(h) would reconstruct by the decoder as it stands: mean of |x - y(relu(h))|^2, summed over sources.
+
+    The auxiliary loss of Rajamanoharan et al. 2024 (https://arxiv.org/abs/2404.16014): it teaches the gate, and no
+    decoder or decoder bias.
+    """
+
+    def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
+        gate_BL = relu(out.pre.dense_BL)
+        code = DenseCode(gate_BL, gate_BL)
+        y = {
+            source: code.write(W_SD.detach(), dictionary.writes[source]) + dictionary.bias[source].detach()
+            for source, W_SD in dictionary.decoder.items()
+        }
+        return squared_error(out.target, y)
+
+
+class AuxK(Term):
+    """The error that the k_aux strongest dead latents of a row could explain.
+
+    e = x - y, taken as given; e_hat = sum over those latents of relu(g) x W; mean over rows of |e - e_hat|^2, summed
+    over sources. A latent reaches only the sources that it writes to. 0 while no latent is dead, or where the value is
+    not finite.
+
+    input    g = h, their pre-activations of the row (Gao et al. 2024, section A.2)
+    error    g = sum over readers of e . W_enc, without a bias: of the error itself (arXiv 2602.11729, section B.1.5)
+    """
+
+    def __init__(self, name: str, weight: Schedule, k_aux: int, form: AuxForm = "input") -> None:
+        super().__init__(name, weight)
+        self.k_aux, self.form = k_aux, form
+
+    def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
         dead = torch.nonzero(now.dead_L).flatten()
         first = next(iter(out.y.values()))
         if not len(dead):
             return first.new_zeros(())
-        top = top_per_row(out.pre.h_BL[:, dead], min(self.k_aux, len(dead)))
+        error = {source: (out.target[source] - y_BD).detach() for source, y_BD in out.y.items()}
+        pre = out.pre if self.form == "input" else _of_error(out.pre, error)
+        top = top_per_row(pre.h_BL[:, dead], min(self.k_aux, len(dead)))
         entries = Entries(top.row_K, dead[top.latent_K], len(first), len(now.dead_L))
-        code = SparseCode(entries, relu(out.pre.at(entries)))
-        parts = []
-        for source, y_BD in out.y.items():
-            error_BD = (out.target[source] - y_BD).detach()
-            parts.append(_squared(error_BD - code.write(dictionary.decoder[source], dictionary.writes[source])))
-        value = torch.stack(parts).sum()
-        # Not torch.where: behind it the gradient would be 0 x inf = NaN. This waits for the device, as `nonzero` did.
-        return value if parallel.least(torch.isfinite(value).float()) else torch.zeros_like(value)
+        code = SparseCode(entries, relu(pre.at(entries)))
+        guess = {source: code.write(dictionary.decoder[source], dictionary.writes[source]) for source in error}
+        return _finite_or_none(squared_error(error, guess))
 
 
-def _squared(x_BD: Tensor) -> Tensor:
-    return x_BD.square().sum(1).mean()
+def _of_error(pre: Pre, error: dict[str, Tensor]) -> Pre:
+    read = {source: error[source] for source in pre.wiring.readers}
+    return Pre(pre.wiring, read, pre.weights, pre.ports, torch.zeros_like(pre.bias_L))
+
+
+class Ghost(Term):
+    """Ghost gradients: dead latents as exp(h), for methods that compute h with a graph.
+
+    g = sum over dead latents of exp(h) x W, scaled per row to half the length of the error e = x - y; the mean over
+    rows of |e - g|^2, scaled to the size of the reconstruction loss. Error and both scales are taken as given.
+    0 while no latent is dead, or where the value is not finite. Jermyn & Templeton,
+    https://transformer-circuits.pub/2024/jan-update/index.html
+    """
+
+    def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
+        first = next(iter(out.y.values()))
+        if not now.dead_L.any():
+            return first.new_zeros(())
+        ghost_BL = torch.where(now.dead_L, out.pre.dense_BL, -torch.inf).exp()
+        code = DenseCode(ghost_BL, ghost_BL)
+        error = {source: (out.target[source] - y_BD).detach() for source, y_BD in out.y.items()}
+        ghost = {source: code.write(dictionary.decoder[source], dictionary.writes[source]) for source in error}
+        long_B, ghost_B = _length(error), _length(ghost).detach()
+        scale_B1 = torch.where(ghost_B > 0, long_B / (2 * ghost_B), 0.0)[:, None]
+        value = squared_error(error, {source: scale_B1 * y_BD for source, y_BD in ghost.items()})
+        loss, ghosts = parallel.summed([long_B.square().mean(), value.detach()])
+        return _finite_or_none(value * (loss / ghosts.clamp_min(torch.finfo(value.dtype).tiny)))
+
+
+def squared_error(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
+    """The mean over rows of the sum over sources of |x - y|^2, a scalar."""
+    return torch.stack([(x[source] - y[source]).square().sum(1).mean() for source in y]).sum()
+
+
+def _length(x: Mapping[str, Tensor]) -> Tensor:
+    """Of every row over all sources together, [B]."""
+    return torch.stack([x_BD.square().sum(1) for x_BD in x.values()]).sum(0).sqrt()
+
+
+def _power(value: Tensor, p: float) -> Tensor:
+    """value^p, and 0 with a gradient of 0 where the value is 0."""
+    positive = value > 0
+    return torch.where(positive, torch.where(positive, value, 1.0).pow(p), 0.0)
+
+
+def _finite_or_none(value: Tensor) -> Tensor:
+    """The value, or (on all ranks) a 0 without a gradient where it is not finite."""
+    # Not torch.where: behind it the gradient would be 0 x inf = NaN. It waits for the device, as finding the dead did.
+    return value if parallel.least(torch.isfinite(value).float()) else torch.zeros_like(value)

@@ -65,6 +65,11 @@ def _ready(store: View, asked: TrainConfig, kept: dict[str, Kept], orders: dict[
         raise ConfigError("the method's schedule is longer than the run", value, "Raise steps, or shorten the schedule")
     with torch.device("meta"):  # without the memory
         asked.method.build(wires, asked.steps)  # refuses before the store is read, as does the next line
+    if asked.method.weighs_codes() and asked.wiring.norm == "none" and asked.wiring.decoder == "free":
+        way_out = "Set wiring.decoder to unit, or another wiring.norm"
+        raise ConfigError("codes would shrink out of their penalty while decoders grow", "wiring.norm none", way_out)
+    if asked.wiring.decoder == "unit" and asked.wiring.decoder_norm is not None:
+        raise ConfigError("decoders of length 1 have no other", "wiring.decoder_norm", "Leave one of the two out")
     device = device_of(asked.device)
     parallel.share(asked.batch)  # refuses one that the ranks cannot share
     order, dropped = _order(store, asked, kept, orders)
@@ -117,8 +122,10 @@ def fresh(store: View, made: Ready, known: dict[str, Scale]) -> Trainer:
 def initialised(made: Ready, scaled: Scale) -> Trainer:
     """The trainer at step 0, over rows of this scale."""
     trainer = blank(made, scaled)
-    length = made.config.wiring.decoder_norm or dictionary.default_decoder_norm(made.wiring)
-    trainer.dictionary.initialise(made.config.seed, length)
+    asked = made.config.wiring
+    trainer.dictionary.initialise(made.config.seed, asked.decoder_norm or dictionary.default_decoder_norm(made.wiring))
+    if asked.decoder == "unit":
+        trainer.dictionary.normalise_decoders()
     return trainer
 
 

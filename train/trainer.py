@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train import parallel
 from train.code import Forward
@@ -20,11 +20,14 @@ from train.schedule import learning_rate
 class Trainer:
     """Owns time: the step, the idle counts, the optimiser and its schedule.
 
-    schedules -> forward -> terms -> backward -> clip -> Adam -> observe -> idle counts -> step + 1
+    schedules -> forward -> terms -> backward (-> project) -> clip -> Adam (-> unit decoders) -> observe -> idle counts
     """
 
     def __init__(self, dictionary: Dictionary, terms: Sequence[Term], config: TrainConfig) -> None:
-        self.dictionary, self.terms, self.config = dictionary.train(), terms, config
+        self.dictionary, self.config = dictionary.train(), config
+        self.terms = list(terms)
+        self._terms = nn.ModuleDict({one.name: one for one in terms}).to(dictionary.activation.bias_L.device)
+        assert len(self._terms) == len(terms), "two terms have one name"
         adam = config.optimiser
         self.rate = learning_rate(adam.lr, config.steps, adam.warmup, round(adam.decay * config.steps))
         self.parameters = [parameter for parameter in dictionary.parameters() if parameter.requires_grad]
@@ -51,11 +54,18 @@ class Trainer:
         loss = torch.stack([term.weight(self.step) * values[term.name] for term in self.terms]).sum()
         loss.backward()
         parallel.average(self.parameters)
+        unit = self.config.wiring.decoder == "unit"
+        if unit:
+            self.dictionary.project_gradients()
         gradient = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimiser.clip)
         self.optimiser.step()
         self.optimiser.zero_grad()  # here, so that trainers that wait for their turn hold none
+        if unit:
+            self.dictionary.normalise_decoders()
         with torch.no_grad():
             self.dictionary.activation.observe(out.code, out.norm_L)
+            for term in self.terms:
+                term.observe(out, now)
             rows = len(next(iter(x.values())))
             record = self._record(out, {"loss": loss, **values}, rows)
             self.step += 1
@@ -80,6 +90,7 @@ class Trainer:
         return {
             "dictionary": self.dictionary.state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "terms": self._terms.state_dict(),
             "idle_L": self.idle_L,
             "step": self.step,
         }
@@ -87,4 +98,5 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.dictionary.load_state_dict(state["dictionary"])
         self.optimiser.load_state_dict(state["optimiser"])
+        self._terms.load_state_dict(state["terms"])
         self.idle_L, self.step = state["idle_L"].to(self.idle_L.device), state["step"]

@@ -12,7 +12,7 @@ from train.method import find
 from train.trainer import Trainer
 
 STEPS, BATCH = 300, 128
-FVE_BAR, MMCS_BAR = 0.9, 0.8  # measured at 0.94 and 0.83 or better, over all cases below
+FVE_BAR, MMCS_BAR = 0.9, 0.8  # measured at 0.92 and 0.81 or better, over all cases below
 every_case = pytest.mark.parametrize("case", CASES)
 every_method = pytest.mark.parametrize("name", cases.names())
 

@@ -35,6 +35,7 @@ class Dense:
     decoder: dict[str, Tensor]
     bias: dict[str, Tensor]
     bias_L: Tensor
+    own: dict[str, Tensor]  # what else the activation has per latent
 
     @classmethod
     def of(cls, dictionary: Dictionary) -> "Dense":
@@ -45,13 +46,15 @@ class Dense:
             {name: leaf(table[name]) for name in table}
             for table in (dictionary.encoder, dictionary.decoder, dictionary.bias)
         ]
-        return cls(dictionary.wiring, *tables, leaf(dictionary.activation.bias_L))
+        own = {name: leaf(value) for name, value in dictionary.activation.named_parameters() if name != "bias_L"}
+        return cls(dictionary.wiring, *tables, leaf(dictionary.activation.bias_L), own)
 
     def leaves(self) -> dict[str, Tensor]:
         """By the names that the dictionary's parameters have."""
         tables = {"encoder": self.encoder, "decoder": self.decoder, "bias": self.bias}
         named = {f"{table}.{source}": value for table, values in tables.items() for source, value in values.items()}
-        return {**named, "activation.bias_L": self.bias_L}
+        own = {f"activation.{name}": value for name, value in {"bias_L": self.bias_L, **self.own}.items()}
+        return {**named, **own}
 
     def h(self, x: Mapping[str, Tensor]) -> Tensor:
         h_BL = self.bias_L
@@ -65,10 +68,11 @@ class Dense:
         length_WL = torch.stack(
             [full(w, places(self.wiring, n, "writers")).norm(dim=1) for n, w in self.decoder.items()]
         )
+        square_L = length_WL.square().sum(0)
         count_L = torch.stack([places(self.wiring, n, "writers") for n in self.decoder]).sum(0)
         return {
             "sum": length_WL.sum(0),
-            "joint": length_WL.square().sum(0).sqrt(),
+            "joint": torch.where(square_L > 0, square_L, 1.0).sqrt() * (square_L > 0),  # with a gradient of 0 at 0
             "mean": length_WL.sum(0) / count_L,
             "none": torch.ones(len(count_L), dtype=torch.float64),
         }[kind]
@@ -101,3 +105,28 @@ def kept(name: str, h_BL: Tensor, norm_L: Tensor, k: int) -> Tensor:
         "batch_topk": lambda: top_mask_of_batch(score_BL, min(k * len(score_BL), score_BL.numel())),
     }
     return f_BL * masks[name]()
+
+
+def aux(
+    dense: Dense, x: Mapping[str, Tensor], y: Mapping[str, Tensor], dead_L: Tensor, k_aux: int, form: str = "input"
+) -> Tensor:
+    """AuxK from dense matrices: e = x - y as given, e_hat from the top dead pre-activations, of x as Gao et al. write
+    it, or of e without a bias as the DFC paper does."""
+    errors = {name: (x[name].double() - y[name]).detach() for name in y}
+    h_BL = dense.h(x) if form == "input" else dense.h(errors) - dense.bias_L
+    dead_only_BL = h_BL.detach().masked_fill(~dead_L, -torch.inf)
+    chosen_BL = top_mask(dead_only_BL, min(k_aux, int(dead_L.sum()))) & dead_L
+    return squared(errors, dense.y(h_BL.clamp_min(0) * chosen_BL, bias=False))
+
+
+def squared(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
+    """The mean over rows of |x - y|^2, summed over sources."""
+    return torch.stack([(x[name].double() - y[name]).square().sum(1).mean() for name in y]).sum()
+
+
+def gradients(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
+    return {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+    }

@@ -29,6 +29,7 @@ from train.dictionary import Dictionary
 from train.filter import kept_rows
 from train.fit import Run, fit, resume
 from train.measure import measure
+from train.method import TopKConfig, find
 from train.trainer import Trainer
 from train.weights import shares
 
@@ -289,6 +290,16 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(
         ({"device": "gpu"}, ConfigError, "this device cannot be used: gpu"),
         ({"method": {"name": "topk", "k": 3, "k_start": 6, "k_anneal": 99}}, ConfigError, "longer than the run: 99 > "),
         ({"method": {"name": "standard", "l1_warmup": 99}}, ConfigError, "longer than the run: 99 > "),
+        ({"method": "standard", "wiring": {"latents": 16, "norm": "none"}}, ConfigError,
+         r"codes would shrink out of their penalty while decoders grow: wiring\.norm none"),
+        ({"wiring": {"latents": 16, "decoder": "unit", "decoder_norm": 0.3}}, ConfigError,
+         r"decoders of length 1 have no other: wiring\.decoder_norm"),
+        ({"method": {"name": "topk", "k": 3, "aux_form": "error"}, "wiring": {"latents": 16, "kind": "transcoder"}},
+         WiringError, "AuxK cannot encode an error that there is not: a is read and not written"),
+        ({"method": {"name": "matryoshka", "k": 3}, "wiring": {"latents": 8}}, WiringError,
+         "a group of latents is empty: group 0 of 8"),
+        ({"method": {"name": "matryoshka", "groups": [0.5, 0.4]}}, ConfigError, "shares above 0 whose sum is 1"),
+        ({"method": {"name": "p_anneal", "p_first": 0.5, "p_last": 0.4}}, ConfigError, "p_first is behind p_last"),
         ({"batch": 301}, ConfigError, r"the batch is larger than the rows that are kept: 301 > \d+\. Lower batch"),
         ({"seed": 2**63}, ConfigError, "wrong value for seed"),
         ({"method": {"name": "topk", "kk": 3}}, ConfigError, r"unknown key: method\.kk"),
@@ -477,7 +488,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIG
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    name: {} if name == "standard" else {"k": 3, "k_start": 6, "k_anneal": 9} for name in cases.names()
+    name: {"k": 3, "k_start": 6, "k_anneal": 9} if issubclass(find(name), TopKConfig) else {} for name in cases.names()
 }
 
 

@@ -175,10 +175,10 @@ def test_pre_activations_at_entries_and_every_gradient_equal_the_dense_ones(
 def test_dense_and_sparse_pre_activations_are_one_matrix_with_equal_gradients(case: str) -> None:
     one = Problem(case, 1)
     pre = one.pre(one.bias_L, one.encoder)
-    torch.testing.assert_close(pre.dense(), one.dense_h(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pre.dense_BL, one.dense_h(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(pre.h_BL, one.dense_h(), rtol=1e-12, atol=1e-12)
     leaves, grad_BL = [one.bias_L, *one.encoder.values()], matrix(ROWS, LATENTS, 5)
-    found = torch.autograd.grad(pre.dense(), leaves, grad_BL)
+    found = torch.autograd.grad(pre.dense_BL, leaves, grad_BL)
     expected = torch.autograd.grad(one.dense_h(), leaves, grad_BL)
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)

@@ -36,7 +36,7 @@ def test_a_method_is_parsed_from_its_name_and_from_its_table(name: str) -> None:
     ("asked", "message"),
     [
         ("batchtopk", "unknown method: batchtopk. Did you mean batch_topk"),
-        ({"name": "relu-ish"}, "unknown method: relu-ish. Known: "),
+        ({"name": "relu-ish"}, "unknown method: relu-ish. Did you mean jumprelu"),
         ({"name": 5}, "unknown method: 5"),
         ({"k": 3}, "missing key: method.name. Choose one of batch_topk"),
         ({"name": "topk", "k_anealed": 1}, "unknown key: method.k_anealed. Did you mean method.k_anneal"),
@@ -85,6 +85,14 @@ def test_auxk_defaults_to_half_the_mean_width_of_the_sources(name: str) -> None:
     assert (k_aux(), k_aux(k_aux=7)) == (9, 7)
 
 
+@pytest.mark.parametrize("name", cases.names())
+def test_no_term_has_the_name_of_a_figure(name: str) -> None:
+    extras = {key: 1.0 for key in ("multi", "entropy", "ghost", "silent") if key in methods.find(name).model_fields}
+    keys = {"groups": [0.5, 0.5]} if name == "matryoshka" else {}
+    terms = [term.name for term in methods.parse({"name": name, **extras, **keys}).build(WIRING, 10).terms]
+    assert len(set(terms)) == len(terms) >= 2 and not set(terms) & {"loss", "l0", "dead", "gradient", "step", "epoch"}
+
+
 METHOD = '''
 """Twice what ReLU gives, for a test."""
 
@@ -114,7 +122,7 @@ class Doubled(Activation):
         self.factor = factor
 
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
-        f_BL = self.factor * relu(pre.dense())
+        f_BL = self.factor * relu(pre.dense_BL)
         return DenseCode(f_BL, f_BL)
 '''
 

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from shared.errors import WiringError
 from tests import cases
 from train import method as methods
 from train.code import Pre
 from train.dictionary import Dictionary
+from train.methods.matryoshka import group_of
+from train.objective import Now
 from train.trainer import Trainer
 from train.wiring import build
 
@@ -90,6 +93,31 @@ def test_batch_topk_without_a_training_step_passes_every_positive_pre_activation
     dictionary = trained("batch_topk", k=1).dictionary.eval()
     code = dictionary.activation(pre_of([[4.0, 0.1, -1.0]], dictionary), torch.ones(48))
     assert code.dense()[0, :3].tolist() == pytest.approx([4.0, 0.1, 0.0])
+
+
+def test_groups_of_a_matryoshka_take_their_share_of_every_span() -> None:
+    wiring = build("dedicated", {"a": 20, "b": 16}, 48, {"a": 4, "b": 8})
+    group_L = group_of(wiring, [0.25, 0.25, 0.5]).tolist()
+    assert group_L == [0, 1, 2, 2] + [0] * 9 + [1] * 9 + [2] * 18 + [0, 0, 1, 1, 2, 2, 2, 2]
+    assert group_of(wiring, [1.0]).tolist() == [0] * 48
+    assert group_of(build("autoencoder", {"a": 20}, 7), [1 / 3, 1 / 3, 1 / 3]).tolist() == [0, 0, 1, 1, 1, 2, 2]
+    with pytest.raises(WiringError, match=r"a group of latents is empty: group 0 of 48 latents"):
+        group_of(wiring, [0.01, 0.99])
+
+
+def test_multi_topk_reconstructs_by_four_times_as_many() -> None:
+    """16 positive pre-activations, k = 2: 8 of them write a unit vector each to a; its rows are 0."""
+    trainer = cases.trainer("autoencoder", "topk", method=cases.method("topk", k=2, multi=0.5))
+    dictionary = trainer.dictionary
+    with torch.no_grad():
+        for parameter in dictionary.parameters():
+            parameter.zero_()
+        dictionary.decoder["a"][:16] = torch.eye(16, 20)
+        dictionary.activation.bias_L[:16] = torch.arange(16.0)
+    out = dictionary({"a": torch.zeros(3, 20)})
+    multi = trainer.terms[-1]
+    assert multi.weight(0) == 0.5 and float(trainer.terms[0](dictionary, out, Now(0, torch.zeros(48)))) == 15**2 + 14**2
+    assert float(multi(dictionary, out, Now(0, torch.zeros(48)))) == sum(n**2 for n in range(8, 16))
 
 
 def test_a_budget_of_all_entries_is_plain_relu() -> None:

@@ -3,7 +3,10 @@
 Letters: B rows of a batch, D width of a source, L latents.
 """
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +14,16 @@ from torch import Tensor
 
 from tests import cases
 from tests.cases import CASES
-from tests.train.dense import Dense, kept, places, top_mask
-from train.code import Forward
+from tests.train.dense import Dense, aux, gradients, kept, places
+from train.code import DenseCode, Forward
 from train.dictionary import Dictionary
-from train.objective import L1, AuxK, Now, Reconstruction, Term
+from train.objective import L1, AuxK, Entropy, Ghost, Now, Power, PowerForm, Reconstruction, Term
 from train.schedule import constant
 
 every_case = pytest.mark.parametrize("case", CASES)
 METHODS = ("standard", "topk", "batch_topk")
 ROWS, K, K_AUX = 6, 3, 4
+NONE: Any = None  # where a term does not look at the dictionary
 
 
 def dictionary(case: str, name: str, norm: str = "sum") -> Dictionary:
@@ -33,24 +37,6 @@ def dictionary(case: str, name: str, norm: str = "sum") -> Dictionary:
 
 def half_dead(latents: int) -> Tensor:
     return torch.arange(latents) % 2 == 0
-
-
-def aux(dense: Dense, x: dict[str, Tensor], y: dict[str, Tensor], dead_L: Tensor, k_aux: int) -> Tensor:
-    """AuxK as Gao et al. write it, from dense matrices: e = x - y as given, e_hat from the top dead pre-activations."""
-    h_BL = dense.h(x)
-    dead_only_BL = h_BL.detach().masked_fill(~dead_L, -torch.inf)
-    chosen_BL = top_mask(dead_only_BL, min(k_aux, int(dead_L.sum()))) & dead_L
-    guess = dense.y(h_BL.clamp_min(0) * chosen_BL, bias=False)
-    errors = {name: (x[name].double() - y[name]).detach() for name in y}
-    return torch.stack([(errors[name] - guess[name]).square().sum(1).mean() for name in y]).sum()
-
-
-def gradients(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
-    return {
-        name: torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(leaves.items(), found, strict=True)
-    }
 
 
 @every_case
@@ -157,3 +143,82 @@ def test_terms_of_a_hand_made_batch() -> None:
     out, now = made({"a": x_BD}), Now(0, torch.zeros(made.latents, dtype=torch.bool))
     assert Reconstruction("recon", constant(1))(made, out, now).item() == 0.125  # (0.5^2 + 0) / 2
     assert L1("l1", constant(1))(made, out, now).item() == 0.75  # 3 x 0.5 / 2
+
+
+def of_codes(rows: list[list[float]]) -> Forward:
+    """A forward pass of which a penalty sees these codes."""
+    f_BL = torch.tensor(rows, requires_grad=True)
+    made: Any = SimpleNamespace(code=DenseCode(f_BL, f_BL), norm_L=torch.ones(f_BL.shape[1]))
+    return made
+
+
+def power(form: PowerForm, **keys: Any) -> Power:
+    return Power("lp", constant(1), form, **{"end": 0.5, "first": 2, "last": 6, "updates": 3, **keys})
+
+
+def test_p_falls_in_equal_steps_at_even_distances() -> None:
+    term = power("lp_p")
+    assert [term.power(step) for step in range(9)] == [1, 1, 1, 1, 0.75, 0.75, 0.5, 0.5, 0.5]
+    few = power("lp_p", first=1, last=2, updates=5)  # of a short run some values are passed over
+    assert [few.power(step) for step in range(4)] == [1, 0.625, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("form", ["lp_p", "lp"])
+def test_a_penalty_keeps_its_size_where_p_changes(form: PowerForm) -> None:
+    """Batches that are alike: whatever p is, the value stays what it was at p = 1."""
+    term, none = power(form), torch.zeros(3, dtype=torch.bool)
+    out = of_codes([[4.0, 1.0, 0.0]])
+    for step in range(9):
+        assert term(NONE, out, Now(step, none)).item() == pytest.approx(5.0, rel=1e-6)
+        with torch.no_grad():
+            term.observe(out, Now(step, none))
+    assert float(term.gain) == pytest.approx(5 / (2 + 1) if form == "lp_p" else 5 / 9)  # at p = 0.5: 2 + 1, squared 9
+
+
+def test_the_gain_is_of_the_last_ten_batches_behind_a_change() -> None:
+    term, none = power("lp_p", first=0, last=30, updates=2), torch.zeros(1, dtype=torch.bool)
+    with torch.no_grad():
+        for step in range(29):
+            term.observe(of_codes([[1000.0 if step < 20 else 4.0]]), Now(step, none))
+        assert term.gain == 1
+        term.observe(of_codes([[16.0]]), Now(29, none))
+    assert float(term.gain) == pytest.approx((9 * 4 + 16) / (9 * 2 + 4))
+
+
+def test_a_penalty_of_codes_that_are_all_0_stays_as_it_is() -> None:
+    term, none = power("lp"), torch.zeros(2, dtype=torch.bool)
+    out = of_codes([[0.0, 0.0]])
+    for step in range(9):
+        value = term(NONE, out, Now(step, none))
+        assert float(value) == 0
+        [grad] = torch.autograd.grad(value, [out.code.dense()])
+        assert torch.equal(grad, torch.zeros_like(grad))
+        with torch.no_grad():
+            term.observe(out, Now(step, none))
+    assert term.gain == 1
+
+
+def test_entropy_is_that_of_the_shares_of_a_row() -> None:
+    term = Entropy("entropy", constant(1))
+    for rows, expected in (([[2.0, 2.0, 0.0, 0.0]], math.log(2)), ([[3.0] * 4], math.log(4)), ([[5.0, 0, 0, 0]], 0)):
+        assert float(term(NONE, of_codes(rows), Now(0, torch.zeros(4)))) == pytest.approx(expected, abs=1e-6)
+    silent = of_codes([[0.0, 0.0], [1.0, 1.0]])
+    value = term(NONE, silent, Now(0, torch.zeros(2)))
+    assert float(value) == pytest.approx(math.log(2) / 2)
+    assert torch.isfinite(torch.autograd.grad(value, [silent.code.dense()])[0]).all()
+
+
+@every_case
+def test_ghosts_teach_dead_latents_alone_and_are_none_without_them(case: str) -> None:
+    made = dictionary(case, "standard")
+    out, dead_L = made(cases.random_rows(case, ROWS)), half_dead(made.latents)
+    term = Ghost("ghost", constant(1))
+    assert not term(made, out, Now(0, torch.zeros_like(dead_L))).requires_grad
+    value = term(made, out, Now(0, dead_L))
+    assert value.item() == pytest.approx(Reconstruction("recon", constant(1))(made, out, Now(0, dead_L)).item())
+    value.backward()
+    grad_L = made.activation.bias_L.grad
+    assert grad_L is not None and grad_L[dead_L].all() and not grad_L[~dead_L].any()
+    with torch.no_grad():
+        made.activation.bias_L[0] = 1e3  # exp of it is infinite
+    assert float(term(made, made(cases.random_rows(case, ROWS)), Now(0, dead_L))) == 0

@@ -18,7 +18,7 @@ from train import report
 from train.fit import fit, resume, resume_sweep, sweep
 from train.run import kept_step
 
-KILLS = 10
+KILLS = 2 * len(cases.names())  # two of each method
 IMPORTED = ["tests.train.test_survival"]
 ASKED: dict[str, Any] = {
     "wiring": {"kind": "dedicated", "latents": 256}, "steps": 400, "batch": 64, "threads": 1, "device": "cpu",

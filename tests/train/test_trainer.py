@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests import cases
-from tests.train.dense import Dense, kept
+from tests.train.dense import Dense, full, kept, places
 from train.schedule import learning_rate, ramp
 from train.trainer import Trainer
 
@@ -31,6 +31,41 @@ def made(case: str, name: str, **keys: Any) -> Trainer:
     return cases.trainer(
         case, name, STEPS, **{"method": cases.method(name, **KEYS[name]), "optimiser": ADAM, "batch": BATCH, **keys}
     )
+
+
+@pytest.mark.parametrize("case", ["autoencoder", "transcoder", "dedicated of 3"])
+@pytest.mark.parametrize("name", ["standard", "topk"])
+def test_unit_decoders_stay_so_over_all_that_a_latent_writes(case: str, name: str) -> None:
+    wires = {"kind": cases.CASES[case][0], "latents": cases.LATENTS, "decoder": "unit"}
+    trainer = made(case, name, wiring=wires)
+    trainer.dictionary.normalise_decoders()
+    for step in range(STEPS):
+        before = {n: W_SD.detach().clone() for n, W_SD in trainer.dictionary.decoder.items()}
+        trainer.update(cases.random_rows(case, BATCH, seed=step))
+        norm_L = torch.linalg.vector_norm(trainer.dictionary.decoder_norms(), dim=0)
+        torch.testing.assert_close(norm_L, torch.ones_like(norm_L), rtol=1e-6, atol=0)
+        assert not all(torch.equal(W_SD, before[n]) for n, W_SD in trainer.dictionary.decoder.items())
+
+
+def test_the_part_of_a_gradient_along_a_decoder_vector_is_taken_out_over_its_sources_together() -> None:
+    """Latent by latent: g - (g . d / d . d) d, with d and g over all sources that the latent writes to."""
+    trainer = made("dedicated", "standard")
+    dictionary, wiring = trainer.dictionary, trainer.dictionary.wiring
+    with torch.no_grad():
+        dictionary.decoder["a"][0] = 0  # a vector of zeros has no direction
+    for W_SD in dictionary.decoder.parameters():
+        W_SD.grad = torch.randn(W_SD.shape, generator=torch.Generator().manual_seed(len(W_SD)))
+    grads = {n: full(W_SD.grad, places(wiring, n, "writers")) for n, W_SD in dictionary.decoder.items()}
+    vectors = {n: full(W_SD.detach(), places(wiring, n, "writers")) for n, W_SD in dictionary.decoder.items()}
+    dictionary.project_gradients()
+    g_LX, d_LX = (torch.cat([table["a"], table["b"]], 1) for table in (grads, vectors))
+    for latent in range(cases.LATENTS):
+        g, d = g_LX[latent], d_LX[latent]
+        right = g - (g @ d / (d @ d)) * d if d.any() else g
+        for n, part in (("a", right[:20]), ("b", right[20:])):
+            own = torch.cumsum(places(wiring, n, "writers"), 0)[latent] - 1
+            if places(wiring, n, "writers")[latent]:
+                torch.testing.assert_close(dictionary.decoder[n].grad[own].double(), part, rtol=1e-5, atol=1e-6)
 
 
 class Reference:

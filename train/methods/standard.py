@@ -1,22 +1,23 @@
 """ReLU with an L1 penalty weighted by decoder norms: free decoders, no constraint (Anthropic's April 2024 form).
 
 f = relu(h)        loss = |x - y|^2 + l1 x sum f x norm
+
+With wiring.decoder = "unit" it is the form of Bricken et al. 2023: decoder vectors of length 1, their gradient without
+the part along them. https://transformer-circuits.pub/2023/monosemantic-features/index.html
 """
 
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
-from torch.nn.functional import relu
 
-from train.code import Activation, Code, DenseCode, Pre
-from train.method import Method, MethodConfig
+from train.activation import Relu
+from train.method import Method, PenaltyConfig
 from train.objective import L1, Reconstruction
 from train.schedule import constant, ramp
 from train.wiring import Wiring
 
 
-class Config(MethodConfig):
+class Config(PenaltyConfig):
     """ReLU and L1."""
 
     name: Literal["standard"] = "standard"
@@ -28,12 +29,4 @@ class Config(MethodConfig):
 
     def build(self, wiring: Wiring, steps: int) -> Method:
         terms = [Reconstruction("recon", constant(1.0)), L1("l1", ramp(0.0, self.l1, self.l1_warmup))]
-        return Method(Relu(wiring.latents), terms)
-
-
-class Relu(Activation):
-    """f = relu(h)."""
-
-    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
-        f_BL = relu(pre.dense())
-        return DenseCode(f_BL, f_BL)
+        return Method(Relu(wiring.latents), [*terms, *self.extras()])

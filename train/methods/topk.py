@@ -1,27 +1,38 @@
 """The k largest of every row (Gao et al. 2024, https://arxiv.org/abs/2406.04093), ranked by relu(h) x decoder norm.
 
-f = relu(h) where relu(h) x norm is among the row's k largest        loss = |x - y|^2 + aux x AuxK
+f = relu(h) where relu(h) x norm is among the row's k largest
+loss = |x - y|^2 + aux x AuxK + multi x |x - y of the 4 k largest|^2
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import relu
 
-from train.code import Activation, Code, Pre, SparseCode
+from train.code import Activation, Code, Forward, Pre, SparseCode
 from train.kernels import top_per_row
 from train.method import Method, TopKConfig
-from train.schedule import Schedule
+from train.objective import Now, Reconstruction, Term, squared_error
+from train.schedule import Schedule, constant
 from train.wiring import Wiring
+
+if TYPE_CHECKING:
+    from train.dictionary import Dictionary
+
+MULTI = 4  # times k
 
 
 class Config(TopKConfig):
     """TopK."""
 
     name: Literal["topk"] = "topk"
+    multi: float = Field(0.0, ge=0)  # weight of the reconstruction by 4 k latents (Multi-TopK: 0.125); 0: none
 
     def build(self, wiring: Wiring, steps: int) -> Method:
-        return Method(TopK(wiring.latents, self.k_at(wiring)), self.terms(wiring))
+        activation = TopK(wiring.latents, self.k_at(wiring))
+        terms = [Reconstruction("recon", constant(1.0)), self.auxk(wiring)]
+        return Method(activation, [*terms, *([Multi(activation, self.multi)] if self.multi else [])])
 
 
 class TopK(Activation):
@@ -33,8 +44,24 @@ class TopK(Activation):
         self.schedule(0)
 
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
-        entries = top_per_row(relu(pre.h_BL) * norm_L.detach(), self.k)
-        return SparseCode(entries, relu(pre.at(entries)))
+        return strongest(pre, norm_L, self.k)
 
     def schedule(self, step: int) -> None:
         self.k = round(self.k_at(step))
+
+
+def strongest(pre: Pre, norm_L: Tensor, k: int) -> SparseCode:
+    entries = top_per_row(relu(pre.h_BL) * norm_L.detach(), min(k, pre.h_BL.shape[1]))
+    return SparseCode(entries, relu(pre.at(entries)))
+
+
+class Multi(Term):
+    """mean over rows of sum over sources of |x - y|^2 where y is written by the 4 k strongest latents of each row."""
+
+    def __init__(self, activation: TopK, weight: float) -> None:
+        super().__init__("multi", constant(weight))
+        self._k_at = activation.k_at
+
+    def forward(self, dictionary: "Dictionary", out: Forward, now: Now) -> Tensor:
+        code = strongest(out.pre, out.norm_L, MULTI * round(self._k_at(now.step)))
+        return squared_error(out.target, dictionary.written(code))

@@ -1,0 +1,143 @@
+"""Activations that several methods use, and those with gradients of their own.
+
+Letters: B rows of a batch, L latents.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.functional import relu
+
+from train import parallel
+from train.code import Activation, Code, DenseCode, Pre, SparseCode
+from train.kernels import above, top_of_batch
+from train.schedule import Schedule
+
+
+class Relu(Activation):
+    """f = relu(h)."""
+
+    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
+        f_BL = relu(pre.dense_BL)
+        return DenseCode(f_BL, f_BL)
+
+
+class Gated(Activation):
+    """f = 1[h > 0] x relu(exp(r) x (h - b) + m): a gate with its bias b, and a magnitude (Rajamanoharan et al. 2024).
+
+    Penalties see relu(h), which alone moves the gate. https://arxiv.org/abs/2404.16014
+    """
+
+    def __init__(self, latents: int) -> None:
+        super().__init__(latents)
+        self.rescale_L = nn.Parameter(torch.zeros(latents))  # r
+        self.magnitude_L = nn.Parameter(torch.zeros(latents))  # m
+
+    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
+        h_BL = pre.dense_BL
+        size_BL = relu(self.rescale_L.exp() * (h_BL - self.bias_L) + self.magnitude_L)
+        return DenseCode((h_BL > 0) * size_BL, relu(h_BL))
+
+
+class BatchTopK(Activation):
+    """f = relu(h) on the k x B largest relu(h) x norm of the batch; above a threshold at evaluation.
+
+    The threshold is the mean over training steps of the smallest positive kept score, with weights decay^age, so that
+    it is right from the first step on and follows k while that is annealed.
+    """
+
+    mean: Tensor
+    mass: Tensor
+
+    def __init__(self, latents: int, k: Schedule, decay: float) -> None:
+        super().__init__(latents)
+        self.k_at, self.decay = k, decay
+        self.schedule(0)
+        self.register_buffer("mean", torch.zeros(()))  # sum of decay^age x (1 - decay) x score
+        self.register_buffer("mass", torch.zeros(()))  # sum of decay^age x (1 - decay)
+
+    @property
+    def threshold(self) -> Tensor:
+        """0 before the first step: then every positive pre-activation passes."""
+        return self.mean / self.mass.clamp_min(1e-12)
+
+    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
+        score_BL = relu(pre.h_BL) * norm_L.detach()
+        if self.training:
+            entries = top_of_batch(score_BL, min(self.k * len(score_BL), score_BL.numel()))
+        else:
+            entries = above(score_BL, self.threshold)
+        return SparseCode(entries, relu(pre.at(entries)))
+
+    def observe(self, code: Code, norm_L: Tensor) -> None:
+        smallest = parallel.least(code.smallest(norm_L))
+        kept = torch.isfinite(smallest)  # a batch without a positive code says nothing
+        weight = (1 - self.decay) * kept
+        self.mean.lerp_(torch.where(kept, smallest, self.mean), weight)
+        self.mass.lerp_(torch.ones_like(self.mass), weight)
+
+    def schedule(self, step: int) -> None:
+        self.k = round(self.k_at(step))
+
+
+class JumpReLU(Activation):
+    """f = h x 1[h > t]; penalties see 1[h > t] (Rajamanoharan et al. 2024, https://arxiv.org/abs/2407.14435).
+
+    d f / d t = - t / e x K((h - t) / e)        K(u) = 1 where |u| < 1/2, else 0
+    d 1[h > t] / d t = - 1 / e x K((h - t) / e)        e: the bandwidth
+
+    The threshold is kept as its logarithm, so that it stays above 0.
+    """
+
+    def __init__(self, latents: int, threshold: float, bandwidth: float) -> None:
+        super().__init__(latents)
+        self.log_threshold_L = nn.Parameter(torch.full((latents,), math.log(threshold)))
+        self.bandwidth = bandwidth
+
+    @property
+    def threshold_L(self) -> Tensor:
+        return self.log_threshold_L.exp()
+
+    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
+        h_BL, threshold_L = pre.dense_BL, self.threshold_L
+        f_BL: Tensor = Jump.apply(h_BL, threshold_L, self.bandwidth)
+        return DenseCode(f_BL, Step.apply(h_BL, threshold_L, self.bandwidth))
+
+
+def near(h_BL: Tensor, threshold_L: Tensor, bandwidth: float) -> Tensor:
+    """K((h - t) / e) / e."""
+    return ((h_BL - threshold_L).abs() < bandwidth / 2) / bandwidth
+
+
+class Jump(Function):
+    """h x 1[h > t]."""
+
+    @staticmethod
+    def forward(ctx: Any, h_BL: Tensor, threshold_L: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(h_BL, threshold_L)
+        ctx.bandwidth = bandwidth
+        return h_BL * (h_BL > threshold_L)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BL: Tensor) -> tuple[Tensor | None, ...]:
+        h_BL, threshold_L = ctx.saved_tensors
+        threshold = -(grad_BL * near(h_BL, threshold_L, ctx.bandwidth)).sum(0) * threshold_L
+        return grad_BL * (h_BL > threshold_L), threshold, None
+
+
+class Step(Function):
+    """1[h > t]: the price of a latent that fires teaches its threshold alone."""
+
+    @staticmethod
+    def forward(ctx: Any, h_BL: Tensor, threshold_L: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(h_BL, threshold_L)
+        ctx.bandwidth = bandwidth
+        return (h_BL > threshold_L).to(h_BL.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BL: Tensor) -> tuple[Tensor | None, ...]:
+        h_BL, threshold_L = ctx.saved_tensors
+        return None, -(grad_BL * near(h_BL, threshold_L, ctx.bandwidth)).sum(0), None
