@@ -99,6 +99,7 @@ MODULES: dict[str, dict[str, str]] = {
         "trainer": "one update of one dictionary, in its order of operations",
         "checkpoint": "the state of a run on disk, whole or absent",
         "measure": "the figures, with their formulas, over all rows at once",
+        "resample": "dead latents begin again from rows that are reconstructed badly",
         "report": "a run's folder -> one page",
         "trackers": "TensorBoard and W&B: views of metrics.jsonl",
         "run": "a run in its folder: claimed, logged, kept, found again",

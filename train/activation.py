@@ -35,6 +35,7 @@ class Gated(Activation):
         super().__init__(latents)
         self.rescale_L = nn.Parameter(torch.zeros(latents))  # r
         self.magnitude_L = nn.Parameter(torch.zeros(latents))  # m
+        self.begins |= {"rescale_L": 0.0, "magnitude_L": 0.0}
 
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
         h_BL = pre.dense_BL
@@ -95,6 +96,7 @@ class JumpReLU(Activation):
     def __init__(self, latents: int, threshold: float, bandwidth: float) -> None:
         super().__init__(latents)
         self.log_threshold_L = nn.Parameter(torch.full((latents,), math.log(threshold)))
+        self.begins |= {"log_threshold_L": math.log(threshold)}
         self.bandwidth = bandwidth
 
     @property

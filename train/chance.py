@@ -6,7 +6,7 @@ import numpy as np
 
 PIECE = 2**22  # items of the working arrays of `drawn`: 32 MiB each
 MASK = 2**64 - 1
-BLOCKS, ROWS, SAMPLE, SHARE = range(4)  # what a key is for
+BLOCKS, ROWS, SAMPLE, SHARE, BEGIN = range(5)  # what a key is for
 
 
 def keyed(*parts: int) -> int:
@@ -87,3 +87,17 @@ def distinct(key: int, n: int, total: int) -> np.ndarray:
         draws *= 2
         found, first = np.unique(splitmix64(key, np.arange(draws)) % np.uint64(total), return_index=True)
     return np.sort(found[np.argsort(first)[:n]]).astype(np.int64)
+
+
+def weighted(key: int, weight_N: np.ndarray, n: int) -> np.ndarray:
+    """`n` numbers below N, drawn one after another with chances as these weights (not negative), each of them once.
+
+    Where n is larger than the count of weights above 0, these come again in the same order; of weights that are all 0
+    every number has the same chance. By the keys u^(1 / weight) of Efraimidis and Spirakis (2006).
+    """
+    if not weight_N.any():
+        weight_N = np.ones(len(weight_N))
+    some = np.flatnonzero(weight_N)
+    uniform = ((splitmix64(key, some) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    late = -np.log(uniform) * (weight_N.max() / weight_N[some])
+    return np.resize(some[np.argsort(late, kind="stable")], n)

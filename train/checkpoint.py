@@ -15,7 +15,7 @@ from train import parallel
 from train.trainer import Trainer
 
 PIECE_BYTES = 2**24
-MODULES = ("dictionary", "terms")
+PARTS = ("dictionary", "terms", "averages")
 TENSORS, STATE = "state.safetensors", "state.json"
 
 
@@ -23,7 +23,7 @@ def save(trainer: Trainer, folder: Path, identity: Mapping[str, Any], keep: int)
     """Write folder/step_<step>, and remove all but the last `keep`. `identity` says of which store and config."""
     state = trainer.state_dict()
     path = folder / f"step_{trainer.step:08d}"
-    tensors = {f"{part}/{name}": value for part in MODULES for name, value in state[part].items()}
+    tensors = {f"{part}/{name}": value for part in PARTS for name, value in state[part].items()}
     tensors["idle_L"] = state["idle_L"]
     for index, moments in state["optimiser"]["state"].items():
         tensors |= {f"optimiser/{index}/{name}": value for name, value in moments.items()}
@@ -70,7 +70,7 @@ def load(trainer: Trainer, path: Path, identity: Mapping[str, Any]) -> int:
         moments.setdefault(int(index), {})[key] = value
     trainer.load_state_dict(
         {
-            **{part: _below(tensors, f"{part}/") for part in MODULES},
+            **{part: _below(tensors, f"{part}/") for part in PARTS},
             "optimiser": {"state": moments, "param_groups": saved["groups"]},
             "idle_L": tensors["idle_L"],
             "step": saved["step"],

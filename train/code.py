@@ -209,6 +209,7 @@ class Activation(nn.Module, ABC):
     def __init__(self, latents: int) -> None:
         super().__init__()
         self.bias_L = nn.Parameter(torch.zeros(latents))
+        self.begins = {"bias_L": 0.0}  # the value of each parameter at a latent that begins, and begins again
 
     @abstractmethod
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:

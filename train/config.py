@@ -45,6 +45,23 @@ class ScaleConfig(Config):
     centre: bool = True  # subtract the mean of the kept rows
 
 
+class InitConfig(Config):
+    """What a dictionary begins with, beside random directions."""
+
+    bias: Literal["zero", "mean", "median", "row"] = "zero"  # of a decoder: of the scaled rows; median: the geometric
+    tied: bool = True  # encoders begin as the decoders, where a source both reads and writes; else as random directions
+    rows: int = Field(32_768, ge=1)  # behind a bias, drawn from those that the run keeps
+
+
+class ResampleConfig(Config):
+    """Dead latents begin again from rows that are reconstructed badly (Bricken et al. 2023)."""
+
+    steps: list[int] = Field(default_factory=list)  # at which they do (there 25000, 50000, 75000 and 100000)
+    rows: int = Field(819_200, ge=1)  # whose loss is taken, drawn from those that the run keeps
+    idle_rows: int | None = Field(None, ge=1)  # since a latent last fired; none: dead_rows (there 12,500 steps)
+    encoder: float = Field(0.2, gt=0)  # length of a new encoder row, in mean lengths of those that live
+
+
 class OptimiserConfig(Config):
     """Adam."""
 
@@ -54,6 +71,7 @@ class OptimiserConfig(Config):
     beta1: float = Field(0.9, ge=0, lt=1)  # decay of the mean of the gradient
     beta2: float = Field(0.999, ge=0, lt=1)  # decay of the mean of its square
     clip: float = Field(1.0, gt=0)  # largest norm of the gradient
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of a moving average of the weights, which is what is saved; 0: none
 
 
 class LogConfig(Config):
@@ -79,6 +97,8 @@ class TrainConfig(Config):
     rows: RowsConfig = RowsConfig()
     read: ReadConfig = ReadConfig()
     scale: ScaleConfig = ScaleConfig()
+    init: InitConfig = InitConfig()
+    resample: ResampleConfig = ResampleConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     log: LogConfig = LogConfig()
     device: str = "auto"  # auto: cuda where there is one

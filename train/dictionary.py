@@ -74,9 +74,9 @@ class Dictionary(nn.Module):
         self.bias = Weights({n: torch.zeros(wiring.widths[n]) for n in wiring.writers})
 
     @torch.no_grad()
-    def initialise(self, seed: int, decoder_norm: float) -> "Dictionary":
-        """Random directions of length `decoder_norm` per latent and source in the decoders; encoders equal them where a
-        source both reads and writes (Gao et al. 2024), else directions of their own. Biases are 0.
+    def initialise(self, seed: int, decoder_norm: float, tied: bool = True) -> "Dictionary":
+        """Random directions of length `decoder_norm` per latent and source in the decoders; encoders equal them where
+        `tied` and a source both reads and writes (Gao et al. 2024), else directions of their own. Biases are 0.
 
         Sources that a latent reads are scaled by 1 / their number, so that h does not grow with it.
         """
@@ -85,7 +85,7 @@ class Dictionary(nn.Module):
             for weights in [table[name] for table in (self.decoder, self.encoder) if name in table]:
                 random = torch.randn(weights.shape, generator=generator)
                 weights.copy_(random * (decoder_norm / torch.linalg.vector_norm(random, dim=1, keepdim=True)))
-            if name in self.decoder and name in self.encoder and self._same_latents(name):
+            if tied and name in self.decoder and name in self.encoder and self._same_latents(name):
                 self.encoder[name].copy_(self.decoder[name])
         for name in self.encoder:
             readers = torch.cat(
@@ -93,6 +93,19 @@ class Dictionary(nn.Module):
             )
             self.encoder[name].div_(readers[:, None].to(self.encoder[name].device))
         return self
+
+    @torch.no_grad()
+    def begin_at(self, bias: Mapping[str, Tensor]) -> None:
+        """Let the decoders' biases begin at these points of scaled space, {writer: [D]}.
+
+        Latents see rows less them: h = (x - bias) . W + b, as far as a source is read.
+        """
+        for name, point_D in bias.items():
+            self.bias[name].copy_(point_D)
+            if name in self.encoder:
+                ports = self.reads[name]
+                seen_S = self.encoder[name] @ self.bias[name]
+                self.activation.bias_L.sub_(seen_S[ports.local_L] * ports.present_L)
 
     def _same_latents(self, source: str) -> bool:
         return self.reads[source].slices == self.writes[source].slices

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared import layout
 from shared.errors import StoreError
 from shared.log import bar
 from shared.view import View
 from train.dictionary import Dictionary, relative_norms
 from train.filter import RowsConfig, kept_rows
 from train.order import Order
-from train.reader import Reader
+from train.reader import read
 from train.sources import Sources
 
 BATCH = 2048
@@ -183,10 +182,11 @@ def measure_all(
         ):
             sampled = Order(kept_N, store.chunk_rows, 1, seed=0).sample(most, seed=0) if kept_N.any() else NOTHING
             measures = [Measure(one) for one in dictionaries]
-            batches = _batches(store, names, sampled, device)
+            batches = read(store, names, sampled, BATCH)
             for x in bar(what, "batches", -(-len(sampled) // BATCH), batches, quiet):
+                there = {name: x_BD.to(device) for name, x_BD in x.items()}
                 for each in measures:
-                    each.add(x)
+                    each.add(there)
             measured.append(measures)
     held_out, training = measured
     return [
@@ -208,10 +208,3 @@ def require_held_out(store: View, rows: RowsConfig | None) -> np.ndarray:
         way_out = "Loosen [rows] (its documents, too, must name some), or harvest more (rows.held_out)"
         raise StoreError("no held-out row to measure on", documents, way_out)
     return kept_N
-
-
-def _batches(store: View, names: Sequence[str], rows: np.ndarray, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    sources = Sources(store, names)
-    with Reader(store, sources.stored) as reader:
-        for _, stored in reader.stream(rows, BATCH):
-            yield sources.rows({name: layout.floats(x_BD).to(device) for name, x_BD in stored.items()})

@@ -11,7 +11,7 @@ from shared import layout
 from shared.device import device_of
 from shared.errors import ConfigError
 from shared.view import View
-from train import dictionary, measure, parallel, scale, trackers, wiring
+from train import dictionary, measure, parallel, reader, scale, trackers, wiring
 from train.config import TrainConfig
 from train.filter import Kept, kept_rows, require_rows
 from train.order import Order, default_window_blocks
@@ -19,6 +19,8 @@ from train.scale import Scale
 from train.sources import Sources
 from train.trainer import Trainer
 from train.wiring import Wiring
+
+READ = 4096  # rows at once
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ def _ready(store: View, asked: TrainConfig, kept: dict[str, Kept], orders: dict[
     if asked.method.weighs_codes() and asked.wiring.norm == "none" and asked.wiring.decoder == "free":
         way_out = "Set wiring.decoder to unit, or another wiring.norm"
         raise ConfigError("codes would shrink out of their penalty while decoders grow", "wiring.norm none", way_out)
+    if late := [step for step in asked.resample.steps if not 0 < step < asked.steps]:
+        value = f"step {late[0]:,} of {asked.steps:,}"
+        raise ConfigError("latents cannot be resampled outside of the run", value, "Change resample.steps")
     if asked.wiring.decoder == "unit" and asked.wiring.decoder_norm is not None:
         raise ConfigError("decoders of length 1 have no other", "wiring.decoder_norm", "Leave one of the two out")
     device = device_of(asked.device)
@@ -116,14 +121,28 @@ def fresh(store: View, made: Ready, known: dict[str, Scale]) -> Trainer:
     key = configs.canonical([made.sources, asked.scale.model_dump(), asked.rows.model_dump(mode="json")])
     if key not in known:
         known[key] = scale.fit(store, made.sources, made.order, asked.scale.kind, asked.scale.centre)
-    return initialised(made, copy.deepcopy(known[key]))
+    trainer = initialised(made, copy.deepcopy(known[key]))
+    if asked.init.bias != "zero":
+        trainer.dictionary.begin_at(_points(store, made, trainer.dictionary.scale))
+    return trainer
+
+
+def _points(store: View, made: Ready, scaled: Scale) -> dict[str, torch.Tensor]:
+    """Where biases begin, {writer: [D]}, in scaled space: a property of rows that the run keeps, or one of them."""
+    asked, writers = made.config.init, made.wiring.writers
+    rows = made.order.sample(1 if asked.bias == "row" else asked.rows, seed=made.config.seed)
+    read = list(reader.read(store, writers, rows, READ))
+    of = scale.geometric_median if asked.bias == "median" else lambda x_ND: x_ND.double().mean(0)
+    return {name: of(scaled.scaled(name, torch.cat([x[name] for x in read]))).float() for name in writers}
 
 
 def initialised(made: Ready, scaled: Scale) -> Trainer:
     """The trainer at step 0, over rows of this scale."""
     trainer = blank(made, scaled)
     asked = made.config.wiring
-    trainer.dictionary.initialise(made.config.seed, asked.decoder_norm or dictionary.default_decoder_norm(made.wiring))
+    trainer.dictionary.initialise(
+        made.config.seed, asked.decoder_norm or dictionary.default_decoder_norm(made.wiring), made.config.init.tied
+    )
     if asked.decoder == "unit":
         trainer.dictionary.normalise_decoders()
     return trainer

@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
+from torch import Tensor
 
 from shared import layout
 from shared.errors import StoreDamagedError, StoreError
 from shared.reading import Piece
 from shared.view import View
+from train.sources import Sources
 
 CHECKED = 4096  # rows at once in a search
 SPARE_FILES = 256  # descriptors left to the rest of the process
@@ -104,6 +106,14 @@ class Reader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def read(store: View, names: Iterable[str], rows: np.ndarray, batch: int) -> Iterator[dict[str, Tensor]]:
+    """These ascending rows as a run is given them, {source: float32 [batch, width]}, in file order, on the CPU."""
+    sources = Sources(store, names)
+    with Reader(store, sources.stored) as reader:
+        for _, stored in reader.stream(rows, batch):
+            yield sources.rows({part: layout.floats(x_BD) for part, x_BD in stored.items()})
 
 
 def require_finite(store: View, source: str, rows: np.ndarray) -> None:

@@ -25,6 +25,8 @@ from shared.mixture import open_mixture
 from shared.view import View
 from train import checkpoint, parallel, report
 from train.config import TrainConfig
+from train.order import Order
+from train.resample import resample
 from train.sources import Sources
 from train.trackers import Trackers
 from train.trainer import Trainer
@@ -165,8 +167,10 @@ def origin(store: View, sources: list[str]) -> dict[str, Any]:
 class Training:
     """A run while it goes on: its trainer, and when it logs and keeps what it has."""
 
-    def __init__(self, folder: Path, config: TrainConfig, trainer: Trainer, store: View, log: Log) -> None:
-        self.folder, self.config, self.trainer, self.log = folder, config, trainer, log
+    def __init__(
+        self, folder: Path, config: TrainConfig, trainer: Trainer, store: View, order: Order, log: Log
+    ) -> None:
+        self.folder, self.config, self.trainer, self.order, self.log = folder, config, trainer, order, log
         self.trackers = Trackers(folder, config, log)
         self.store = store
         told = config.model_dump(mode="json", exclude={"read"})  # which changes no bit of what comes out
@@ -191,6 +195,8 @@ class Training:
     def update(self, x: Mapping[str, Tensor], **told: Any) -> dict[str, float] | None:
         """One step on raw rows. The figures that were logged, or none. Raises TrainingError."""
         with memory_minded(f"at step {self.trainer.step}"):
+            if self.trainer.step in self.config.resample.steps:
+                self._resample()
             self._record = self.trainer.update(x)
         step, every = self.trainer.step, self.config.log
         logs, saves = (self.finished or step % n == 0 for n in (every.every, every.checkpoint))
@@ -203,6 +209,12 @@ class Training:
         if saves:
             self.keep()
         return values if logs else None
+
+    def _resample(self) -> None:
+        """Before the step, so that a run that goes on from a checkpoint of it does the same."""
+        counts = resample(self.trainer, self.store, self.order)
+        told = ", ".join(f"{count} of {span}" for span, count in counts.items() if count) or "no latent is dead"
+        self.log.event("resample", f"resampled {self.folder}: {told}", step=self.trainer.step + 1, latents=counts)
 
     def keep(self) -> None:
         """Write a checkpoint, if there is none of this step.

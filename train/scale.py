@@ -4,20 +4,19 @@ Letters: N rows, B rows of a batch, D width of a source.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared import layout
 from shared.errors import StoreError
 from shared.flags import FIRST, MASKED, SINK, SPECIAL, TRAIN
 from shared.moments import Moments
 from shared.view import View
 from train.order import Order
-from train.reader import Reader, require_finite
+from train.reader import read, require_finite
 from train.sources import Sources, parts
 
 Kind = Literal["none", "rms", "median_norm"]
@@ -120,15 +119,15 @@ def ordinary_rows(store: View, source: str) -> np.ndarray:
 
 def _read_moments(store: View, name: str, rows: np.ndarray) -> Moments:
     total = Moments.empty(Sources(store, [name]).widths[name])
-    for x_ND in _read(store, name, rows):
-        total = total.merge(Moments.of(x_ND))
+    for x in read(store, [name], rows, CHUNK):
+        total = total.merge(Moments.of(x[name].double()))
     return total
 
 
 def _median_norm(store: View, name: str, order: Order, mean_D: np.ndarray) -> float:
     mean = torch.from_numpy(mean_D)
     rows = order.sample(MEDIAN_ROWS, seed=0)
-    norms = [torch.linalg.vector_norm(x_ND - mean, dim=1) for x_ND in _read(store, name, rows)]
+    norms = [torch.linalg.vector_norm(x[name].double() - mean, dim=1) for x in read(store, [name], rows, CHUNK)]
     median = float(np.median(torch.cat(norms).numpy()))
     if not math.isfinite(median):
         for part in parts(name):
@@ -136,9 +135,19 @@ def _median_norm(store: View, name: str, order: Order, mean_D: np.ndarray) -> fl
     return median
 
 
-def _read(store: View, name: str, rows: np.ndarray) -> Iterator[Tensor]:
-    """These rows of a source as a run is given them, float64, a piece at a time."""
-    sources = Sources(store, [name])
-    with Reader(store, sources.stored) as reader:
-        for _, stored in reader.stream(rows, CHUNK):
-            yield sources.rows({part: layout.floats(x_ND) for part, x_ND in stored.items()})[name].double()
+def geometric_median(x_ND: Tensor) -> Tensor:
+    """The point with the least sum of distances to these rows, [D], fp64, by Weiszfeld's algorithm.
+
+    It ends where a step moves it by less than 1e-6 of the mean distance, or after 100 steps.
+    """
+    x_ND = x_ND.double()
+    point_D = x_ND.mean(0)
+    for _ in range(100):
+        far_N = torch.linalg.vector_norm(x_ND - point_D, dim=1)
+        if not far_N.any():  # rows that are all alike
+            break
+        weight_N = 1 / far_N.clamp_min(1e-12 * far_N.mean())  # a row that it stands on would have all the weight
+        before_D, point_D = point_D, weight_N @ x_ND / weight_N.sum()
+        if torch.linalg.vector_norm(point_D - before_D) <= 1e-6 * far_N.mean():
+            break
+    return point_D

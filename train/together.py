@@ -50,7 +50,7 @@ class Member:
         """Build the trainer, or go back to the last checkpoint. Raises CheckpointError, StoreError or TrainingError."""
         kept = run.kept_step(self.folder)
         trainer = prepare.blank(self.ready) if kept else prepare.fresh(store, self.ready, scales)
-        self._training = run.Training(self.folder, self.config, trainer, store, log)
+        self._training = run.Training(self.folder, self.config, trainer, store, self.ready.order, log)
         self._training.resume()
         if parallel.rank() == 0:
             log.attach(self.folder / report.METRICS)
@@ -237,7 +237,7 @@ def _finish(store: View, members: Sequence[Member], quiet: bool) -> None:
     """Save and measure, those that read the same rows at once."""
     alike: dict[int, list[Member]] = {}
     for one in members:
-        one.training.trainer.dictionary.eval().save(one.folder / "dictionary")
+        one.training.trainer.trained().save(one.folder / "dictionary")
         alike.setdefault(one.config.log.measure_rows, []).append(one)
     for most, some in alike.items():
         trained = [one.training.trainer.dictionary for one in some]

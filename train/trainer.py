@@ -32,6 +32,7 @@ class Trainer:
         self.rate = learning_rate(adam.lr, config.steps, adam.warmup, round(adam.decay * config.steps))
         self.parameters = [parameter for parameter in dictionary.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.Adam(self.parameters, lr=adam.lr, betas=(adam.beta1, adam.beta2), fused=True)
+        self.averages = [one.detach().clone() for one in self.parameters] if config.optimiser.ema else []
         self.step = 0
         self.idle_L = torch.zeros(dictionary.latents, dtype=torch.int64, device=dictionary.activation.bias_L.device)
 
@@ -63,6 +64,8 @@ class Trainer:
         if unit:
             self.dictionary.normalise_decoders()
         with torch.no_grad():
+            for average, weights in zip(self.averages, self.parameters, strict=False):
+                average.lerp_(weights, 1 - self.config.optimiser.ema)
             self.dictionary.activation.observe(out.code, out.norm_L)
             for term in self.terms:
                 term.observe(out, now)
@@ -85,12 +88,22 @@ class Trainer:
         told = dict(zip(values, share_V, strict=True))
         return {**told, "l0": fires_L.sum() / (rows * parallel.world()), **fve}
 
+    @torch.no_grad()
+    def trained(self) -> Dictionary:
+        """The dictionary in evaluation mode, its weights averaged where averages are kept. Ends the training."""
+        for average, weights in zip(self.averages, self.parameters, strict=False):
+            weights.copy_(average)
+        if self.averages and self.config.wiring.decoder == "unit":
+            self.dictionary.normalise_decoders()
+        return self.dictionary.eval()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on."""
         return {
             "dictionary": self.dictionary.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "terms": self._terms.state_dict(),
+            "averages": {str(n): average for n, average in enumerate(self.averages)},
             "idle_L": self.idle_L,
             "step": self.step,
         }
@@ -99,4 +112,5 @@ class Trainer:
         self.dictionary.load_state_dict(state["dictionary"])
         self.optimiser.load_state_dict(state["optimiser"])
         self._terms.load_state_dict(state["terms"])
+        self.averages = [state["averages"][str(n)].to(one.device) for n, one in enumerate(self.averages)]
         self.idle_L, self.step = state["idle_L"].to(self.idle_L.device), state["step"]

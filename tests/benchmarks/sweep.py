@@ -39,9 +39,10 @@ def main() -> None:
         asked = {"wiring": {"latents": latents}, "method": {"name": "topk"}, "steps": 10**6, "batch": batch,
                  "device": "cpu", "threads": 1, "log": {"checkpoint": 10**6}, "sweep": {"runs": RUNS}}  # fmt: skip
         ready = prepare.ready(store, [one.config for one in expand(asked)])
+        trainers = [prepare.initialised(one, Scale(one.wiring.widths)) for one in ready]
         trainings = [
-            Training(Path(folder), one.config, prepare.initialised(one, Scale(one.wiring.widths)), store, Log())
-            for one in ready
+            Training(Path(folder), one.config, trainer, store, one.order, Log())
+            for one, trainer in zip(ready, trainers, strict=True)
         ]
         begun = itertools.count(0, steps)
 

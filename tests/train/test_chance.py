@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train import chance
-from train.chance import SHARE, drawn, keyed, permutation, permuted, splitmix64
+from train.chance import SHARE, drawn, keyed, permutation, permuted, splitmix64, weighted
 
 
 def test_splitmix64_gives_the_numbers_of_its_reference() -> None:
@@ -64,3 +64,18 @@ def test_any_numbers_are_permuted_evenly() -> None:
     assert np.array_equal(found[place], numbers)
     assert abs(np.corrcoef(place, np.arange(5000))[0, 1]) < 0.05  # 0.014 is the standard deviation
     assert abs(np.corrcoef(place, numbers)[0, 1]) < 0.05
+
+
+def test_weights_decide_how_often_a_number_is_drawn_first() -> None:
+    weight_N = np.array([0.0, 1.0, 2.0, 5.0])
+    firsts = np.bincount([weighted(keyed(7, n), weight_N, 1)[0] for n in range(8000)], minlength=4) / 8000
+    assert np.abs(firsts - weight_N / 8).max() < 0.02  # 0.0056 is the largest standard deviation
+
+
+def test_a_number_is_drawn_once_unless_more_are_asked_for_than_there_are() -> None:
+    weight_N = np.array([0.0, 1.0, 0.0, 3.0, 1e-9])
+    assert sorted(weighted(1, weight_N, 3)) == [1, 3, 4]
+    assert sorted(weighted(1, weight_N, 6)) == [1, 1, 3, 3, 4, 4]
+    assert sorted(weighted(1, np.zeros(3), 3)) == [0, 1, 2]
+    assert len(weighted(1, weight_N, 0)) == 0
+    assert weighted(5, np.ones(1000), 9).tolist() == weighted(5, np.ones(1000), 9).tolist()

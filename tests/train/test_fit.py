@@ -300,6 +300,8 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(
          "a group of latents is empty: group 0 of 8"),
         ({"method": {"name": "matryoshka", "groups": [0.5, 0.4]}}, ConfigError, "shares above 0 whose sum is 1"),
         ({"method": {"name": "p_anneal", "p_first": 0.5, "p_last": 0.4}}, ConfigError, "p_first is behind p_last"),
+        ({"resample": {"steps": [2, 999]}}, ConfigError, "cannot be resampled outside of the run: step 999 of "),
+        ({"resample": {"steps": [0]}}, ConfigError, "cannot be resampled outside of the run: step 0 of "),
         ({"batch": 301}, ConfigError, r"the batch is larger than the rows that are kept: 301 > \d+\. Lower batch"),
         ({"seed": 2**63}, ConfigError, "wrong value for seed"),
         ({"method": {"name": "topk", "kk": 3}}, ConfigError, r"unknown key: method\.kk"),

@@ -10,6 +10,7 @@ from shared.store import Store
 from tests import cases
 from train import prepare, scale
 from train.prepare import fresh, initialised
+from train.reader import read
 from train.scale import Scale
 
 
@@ -55,3 +56,30 @@ def test_a_seed_decides_the_weights_alone(store: Store) -> None:
     weights = [initialised(run, Scale(run.wiring.widths)).dictionary.state_dict() for run in (one, same, other)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not torch.equal(weights[0]["decoder.a"], weights[2]["decoder.a"])
+
+
+@pytest.mark.parametrize("bias", ["mean", "median", "row"])
+@pytest.mark.parametrize("kind", ["crosscoder", "transcoder"])
+def test_a_bias_begins_where_the_rows_are_and_latents_see_rows_less_it(store: Store, bias: str, kind: str) -> None:
+    asked = {"wiring": {"kind": kind, "latents": 8}, "scale": {"centre": False}, "init": {"bias": bias, "rows": 100}}
+    [run] = cases.ready(store, asked)
+    [other] = cases.ready(store, {**asked, "init": {}})
+    made, plain = (fresh(store, one, {}).dictionary for one in (run, other))
+    rows = run.order.sample(1 if bias == "row" else 100, seed=0)
+    x = {n: torch.cat([part[n] for part in read(store, run.wiring.widths, rows, 50)]) for n in run.wiring.widths}
+    for name in run.wiring.writers:
+        scaled_ND = made.scale.scaled(name, x[name]).double()
+        right = scale.geometric_median(scaled_ND) if bias == "median" else scaled_ND.mean(0)
+        torch.testing.assert_close(made.bias[name].double(), right, rtol=1e-5, atol=1e-6)
+        assert made.bias[name].abs().max() > 0.01
+    both = [name for name in run.wiring.readers if name in run.wiring.writers]
+    less = x | {n: plain.scale.raw(n, made.scale.scaled(n, x[n]) - made.bias[n]) for n in both}
+    torch.testing.assert_close(made.pre(x).h_BL, plain.pre(less).h_BL, rtol=1e-4, atol=1e-4)
+
+
+def test_encoders_begin_apart_from_decoders_where_they_are_not_tied(store: Store) -> None:
+    tied, free = (fresh(store, *cases.ready(store, {"init": {"tied": tied}}), {}).dictionary for tied in (True, False))
+    assert torch.allclose(tied.encoder["a"] * 2, tied.decoder["a"])
+    assert torch.equal(tied.decoder["a"], free.decoder["a"])
+    cosine = torch.cosine_similarity(free.encoder["a"], free.decoder["a"], dim=1)
+    assert cosine.abs().max() < 0.999 and torch.allclose(free.encoder["a"].norm(dim=1), tied.encoder["a"].norm(dim=1))

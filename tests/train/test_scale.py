@@ -23,7 +23,7 @@ from tests.build import make_store
 from train import scale as scales
 from train.filter import RowsConfig, kept_rows
 from train.order import Order
-from train.scale import Scale, fit, kept_moments
+from train.scale import Scale, fit, geometric_median, kept_moments
 from train.weights import shares, thinned
 
 ROWS, WIDTHS, FACTORS = 400, {"a": 6, "b": 4}, {"a": 4.0, "b": 0.5}
@@ -326,3 +326,19 @@ def test_raw_undoes_scaled_to_rounding() -> None:
 def test_a_fresh_scale_changes_nothing() -> None:
     scale, x_BD = Scale({"a": 3}), torch.randn(4, 3)
     assert torch.equal(scale.scaled("a", x_BD), x_BD) and torch.equal(scale.raw("a", x_BD), x_BD)
+
+
+def test_the_geometric_median_has_the_least_sum_of_distances() -> None:
+    corner = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0], [5.0, 5.0]])
+    assert geometric_median(corner).tolist() == pytest.approx([5.0, 5.0])  # on one of the rows
+    x_ND = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).double() ** 3
+    found_D = geometric_median(x_ND)
+    least = torch.linalg.vector_norm(x_ND - found_D, dim=1).sum()
+    for shift in torch.eye(3).double() * 1e-2:
+        for moved_D in (found_D + shift, found_D - shift):
+            assert torch.linalg.vector_norm(x_ND - moved_D, dim=1).sum() > least
+    assert geometric_median(torch.tensor([[1.0, 2.0]])).tolist() == [1.0, 2.0]
+    assert geometric_median(torch.full((4, 2), 3.0)).tolist() == [3.0, 3.0]  # rows that are all alike
+    many_ND = torch.zeros(9, 2)
+    many_ND[8] = 1000.0
+    assert geometric_median(many_ND).tolist() == pytest.approx([0.0, 0.0], abs=1e-3)  # the mean is 111

@@ -209,3 +209,29 @@ def test_a_state_that_is_put_into_a_fresh_trainer_goes_on_to_the_bit(name: str) 
     assert other.step == STEPS and torch.equal(other.idle_L, trainer.idle_L)
     for key, value in trainer.dictionary.state_dict().items():
         assert torch.equal(other.dictionary.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("decoder", ["free", "unit"])
+def test_what_is_saved_is_the_moving_average_of_the_weights(decoder: str) -> None:
+    wires = {"kind": "dedicated", "latents": cases.LATENTS, "decoder": decoder}
+    trainer = made("dedicated", "topk", wiring=wires, optimiser={**ADAM, "ema": 0.75})
+    plain = made("dedicated", "topk", wiring=wires)
+    expected = [one.detach().clone() for one in trainer.parameters]
+    for step in range(STEPS):
+        x = cases.random_rows("dedicated", BATCH, seed=step)
+        trainer.update(x), plain.update(x)
+        expected = [0.75 * old + 0.25 * new.detach() for old, new in zip(expected, plain.parameters, strict=True)]
+    assert all(
+        torch.equal(a, b) for a, b in zip(trainer.parameters, plain.parameters, strict=True)
+    )  # not trained by it
+    again = made("dedicated", "topk", wiring=wires, optimiser={**ADAM, "ema": 0.75})
+    again.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    for one in (trainer, again):
+        dictionary = one.trained()
+        assert not dictionary.training
+        norm_L = torch.linalg.vector_norm(dictionary.decoder_norms(), dim=0)
+        for value, right in zip(one.parameters, expected, strict=True):
+            if decoder == "free":
+                torch.testing.assert_close(value.detach(), right)
+        assert decoder == "free" or torch.allclose(norm_L, torch.ones_like(norm_L))
+    assert plain.trained() is plain.dictionary
