@@ -7,8 +7,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import NoneType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -69,15 +68,14 @@ def _filled(value: str, name: str) -> str:
 
 
 def keys_of(kind: type[Config]) -> list[str]:
-    """Every dotted key of a config; a table with free names shows as `*`: `models.*.dtype`."""
+    """Every dotted key of a config; a table with free names, or a list, shows as `*`: `models.*.dtype`."""
     keys = []
     for name, field in kind.model_fields.items():
         inner = _inner_config(field.annotation)
         if inner is None:
             keys.append(name)
             continue
-        one = {field.annotation, *get_args(field.annotation)} <= {field.annotation, inner, NoneType}
-        table = name if one else f"{name}.*"
+        table = f"{name}.*" if get_origin(field.annotation) in (dict, list, tuple) else name
         keys += [f"{table}.{key}" for key in keys_of(inner)]
     return keys
 

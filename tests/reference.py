@@ -189,7 +189,7 @@ def tables(kind: type[Config], prefix: str = "") -> Iterator[tuple[str, type[Con
         elif inner is method.MethodConfig:
             keys.append(Key(f"{prefix}{name}.name", "text", "required", "one of the [methods](#methods)"))
         else:
-            several = get_origin(field.annotation) is dict
+            several = get_origin(field.annotation) in (dict, list)
             deeper.append((f"{prefix}{name}{'.*' if several else ''}", inner))
     yield prefix.removesuffix("."), kind, keys
     for table, inner in deeper:

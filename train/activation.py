@@ -4,6 +4,8 @@ Letters: B rows of a batch, L latents.
 """
 
 import math
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch.nn.functional import relu
 
 from train import parallel
 from train.code import Activation, Code, DenseCode, Pre, SparseCode
-from train.kernels import above, top_of_batch
+from train.kernels import Entries, above, top_of_batch
 from train.schedule import Schedule
+from train.wiring import Wiring
 
 
 class Relu(Activation):
@@ -43,45 +46,89 @@ class Gated(Activation):
         return DenseCode((h_BL > 0) * size_BL, relu(h_BL))
 
 
+class Budgets(nn.Module):
+    """Which latents compete with each other, and for how many of a row: each span that has a k of its own by itself,
+    all others together for the method's. While that is annealed, the others are in proportion.
+    """
+
+    group_L: Tensor
+
+    def __init__(self, wiring: Wiring, k_at: Schedule) -> None:
+        super().__init__()
+        own, rest = (
+            [span for span in wiring.spans if span.k is not None],
+            [span for span in wiring.spans if span.k is None],
+        )
+        self.k_at = k_at
+        self.ks: list[int | None] = [span.k for span in own] + ([None] if rest else [])
+        group_L = torch.empty(wiring.latents, dtype=torch.int64)
+        for number, spans in enumerate([*([span] for span in own), *([rest] if rest else [])]):
+            latents = torch.cat([torch.arange(wiring.latents)[wiring.slices[span.name]] for span in spans])
+            group_L[latents] = number
+            self.register_buffer(f"latents_{number}", latents, persistent=False)
+        self.register_buffer("group_L", group_L, persistent=False)
+
+    def counts(self, step: int) -> list[int]:
+        """Latents of a row in each group at a step."""
+        k = self.k_at(step)
+        share = k / self.k_at(sys.maxsize)
+        return [round(k) if own is None else max(1, round(own * share)) for own in self.ks]
+
+    def select(self, score_BL: Tensor, counts: Sequence[int], pick: Callable[[Tensor, int], Entries]) -> Entries:
+        """pick(scores of a group, how many of a row) for every group, as entries of the whole."""
+        if len(counts) == 1:
+            return pick(score_BL, min(counts[0], score_BL.shape[1]))
+        found = []
+        for number, count in enumerate(counts):
+            latents = self.get_buffer(f"latents_{number}")
+            one = pick(score_BL[:, latents], min(count, len(latents)))
+            found.append((one.row_K, latents[one.latent_K]))
+        row_K, latent_K = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order_K = torch.argsort(row_K * score_BL.shape[1] + latent_K)
+        return Entries(row_K[order_K], latent_K[order_K], *score_BL.shape)
+
+
 class BatchTopK(Activation):
     """f = relu(h) on the k x B largest relu(h) x norm of the batch; above a threshold at evaluation.
 
     The threshold is the mean over training steps of the smallest positive kept score, with weights decay^age, so that
-    it is right from the first step on and follows k while that is annealed.
+    it is right from the first step on and follows k while that is annealed. Each budget has its own.
     """
 
     mean: Tensor
     mass: Tensor
 
-    def __init__(self, latents: int, k: Schedule, decay: float) -> None:
-        super().__init__(latents)
-        self.k_at, self.decay = k, decay
+    def __init__(self, wiring: Wiring, k: Schedule, decay: float) -> None:
+        super().__init__(wiring.latents)
+        self.budgets, self.decay = Budgets(wiring, k), decay
         self.schedule(0)
-        self.register_buffer("mean", torch.zeros(()))  # sum of decay^age x (1 - decay) x score
-        self.register_buffer("mass", torch.zeros(()))  # sum of decay^age x (1 - decay)
+        groups = len(self.budgets.ks)
+        self.register_buffer("mean", torch.zeros(groups))  # sum of decay^age x (1 - decay) x score
+        self.register_buffer("mass", torch.zeros(groups))  # sum of decay^age x (1 - decay)
 
     @property
     def threshold(self) -> Tensor:
-        """0 before the first step: then every positive pre-activation passes."""
+        """Of each budget; 0 before the first step: then every positive pre-activation passes."""
         return self.mean / self.mass.clamp_min(1e-12)
 
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
         score_BL = relu(pre.h_BL) * norm_L.detach()
         if self.training:
-            entries = top_of_batch(score_BL, min(self.k * len(score_BL), score_BL.numel()))
+            rows = len(score_BL)
+            entries = self.budgets.select(score_BL, self.counts, lambda score, k: top_of_batch(score, k * rows))
         else:
-            entries = above(score_BL, self.threshold)
+            entries = above(score_BL, self.threshold[self.budgets.group_L])
         return SparseCode(entries, relu(pre.at(entries)))
 
     def observe(self, code: Code, norm_L: Tensor) -> None:
-        smallest = parallel.least(code.smallest(norm_L))
+        smallest = parallel.least(code.smallest(norm_L, self.budgets.group_L, len(self.mean)))
         kept = torch.isfinite(smallest)  # a batch without a positive code says nothing
         weight = (1 - self.decay) * kept
         self.mean.lerp_(torch.where(kept, smallest, self.mean), weight)
         self.mass.lerp_(torch.ones_like(self.mass), weight)
 
     def schedule(self, step: int) -> None:
-        self.k = round(self.k_at(step))
+        self.counts = self.budgets.counts(step)
 
 
 class JumpReLU(Activation):

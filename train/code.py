@@ -74,8 +74,8 @@ class Code(ABC):
         """The sum over latents of of(f x weight) for every row, [B]: what penalties see. of(0) must be 0."""
 
     @abstractmethod
-    def smallest(self, norm_L: Tensor) -> Tensor:
-        """The smallest positive f x norm, a scalar; infinite where no code is positive."""
+    def smallest(self, norm_L: Tensor, group_L: Tensor, groups: int) -> Tensor:
+        """The smallest positive f x norm in each group of latents, [groups]; infinite where no code is positive."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class DenseCode(Code):
     def sums(self, of: Callable[[Tensor], Tensor], weight_L: Tensor) -> Tensor:
         return of(self.soft_BL * weight_L).sum(1)
 
-    def smallest(self, norm_L: Tensor) -> Tensor:
-        return _smallest_positive(self.f_BL * norm_L)
+    def smallest(self, norm_L: Tensor, group_L: Tensor, groups: int) -> Tensor:
+        return _smallest_positive(self.f_BL * norm_L, group_L.expand_as(self.f_BL), groups)
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,14 @@ class SparseCode(Code):
         value_K = of(self.value_K * weight_L[self.entries.latent_K])
         return value_K.new_zeros(self.entries.rows).index_add(0, self.entries.row_K, value_K)
 
-    def smallest(self, norm_L: Tensor) -> Tensor:
-        return _smallest_positive(self.value_K * norm_L[self.entries.latent_K])
+    def smallest(self, norm_L: Tensor, group_L: Tensor, groups: int) -> Tensor:
+        latent_K = self.entries.latent_K
+        return _smallest_positive(self.value_K * norm_L[latent_K], group_L[latent_K], groups)
 
 
-def _smallest_positive(score: Tensor) -> Tensor:
-    return torch.where(score > 0, score, torch.inf).min() if score.numel() else score.new_tensor(torch.inf)
+def _smallest_positive(score: Tensor, group: Tensor, groups: int) -> Tensor:
+    positive = torch.where(score > 0, score, torch.inf).flatten()
+    return score.new_full((groups,), torch.inf).scatter_reduce(0, group.flatten(), positive, "amin")
 
 
 class Pre:
@@ -231,3 +233,4 @@ class Forward:
     code: Code
     pre: Pre
     norm_L: Tensor
+    weight_L: Tensor  # of a latent's codes in penalties, as its span says

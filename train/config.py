@@ -13,16 +13,31 @@ from train.filter import RowsConfig
 from train.scale import Kind
 
 
+class SpanConfig(Config):
+    """A run of latents with the same readers and writers."""
+
+    name: str  # in figures and pictures
+    size: int | float | None = None  # latents (integer) or share of all; none, for one span: what the others leave
+    readers: list[str] | None = None  # none: all sources
+    writers: list[str] | None = None  # none: all sources
+    weight: float = Field(1.0, ge=0)  # of its codes in a penalty
+    tied: bool = False  # one decoder vector for all writers: designated shared latents
+
+
 class WiringConfig(Config):
     """Which latents each source reads into and writes from."""
 
-    kind: Literal["autoencoder", "transcoder", "crosscoder", "dedicated"] = "crosscoder"  # who reads and writes
+    kind: Literal["autoencoder", "transcoder", "crosscoder", "dedicated", "spans"] = "crosscoder"  # who reads, writes
     latents: int = Field(ge=1)  # of the whole dictionary
     sources: list[str] | None = (
         None  # in order, differences such as "chat - base" too; none: all of the store. A transcoder: first -> second
     )
     exclusive: int | float | dict[str, int | float] = 0.05  # dedicated: latents (integer) or share per source
-    norm: Norm = "sum"  # the decoder norm that weights sparsity and selection: sum, joint, mean, none
+    readers: list[str] | None = None  # crosscoder: the sources that are read; none: all
+    spans: list[SpanConfig] = Field(default_factory=list)  # of the kind spans
+    k: dict[str, int] = Field(default_factory=dict)  # {span: latents that it keeps by itself}
+    norm: Norm = "sum"  # the decoder norm that weights sparsity and selection: sum, joint, mixed, mean, none
+    alpha: float = Field(0.1, ge=0)  # mixed: joint + alpha x sum
     decoder: Literal["free", "unit"] = "free"  # unit: what a latent writes, to all sources together, has the length 1
     decoder_norm: float | None = Field(None, gt=0)  # length of fresh decoder vectors; none: 0.4, or 1 for one source
 

@@ -24,10 +24,9 @@ from train.scale import Scale
 from train.sources import parts
 from train.wiring import Span, Wiring
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, CONFIG = "dictionary.safetensors", "config.json"
-Norm = Literal["sum", "joint", "mean", "none"]
-NORMS = ("sum", "joint", "mean", "none")
+Norm = Literal["sum", "joint", "mixed", "mean", "none"]
 
 
 class Weights(nn.Module):
@@ -62,16 +61,21 @@ class Dictionary(nn.Module):
     """
 
     def __init__(
-        self, wiring: Wiring, method: methods.MethodConfig, activation: Activation, scale: Scale, norm: Norm
-    ) -> None:
+        self, wiring: Wiring, method: methods.MethodConfig, activation: Activation, scale: Scale, norm: Norm,
+        alpha: float = 0.1,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.wiring, self.method, self.norm = wiring, method, norm
+        self.wiring, self.method, self.norm, self.alpha = wiring, method, norm, alpha
         self.activation, self.scale = activation, scale
         self.reads = {name: Ports.of(wiring.read_by(name), wiring.latents) for name in wiring.readers}
         self.writes = {name: Ports.of(wiring.written_to(name), wiring.latents) for name in wiring.writers}
         self.encoder = Weights({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.reads.items()})
         self.decoder = Weights({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.writes.items()})
         self.bias = Weights({n: torch.zeros(wiring.widths[n]) for n in wiring.writers})
+        weight_L = torch.cat([torch.full((span.size,), span.weight) for span in wiring.spans])
+        self.register_buffer("weight_L", weight_L, persistent=False)
+
+    weight_L: Tensor
 
     @torch.no_grad()
     def initialise(self, seed: int, decoder_norm: float, tied: bool = True) -> "Dictionary":
@@ -87,6 +91,12 @@ class Dictionary(nn.Module):
                 weights.copy_(random * (decoder_norm / torch.linalg.vector_norm(random, dim=1, keepdim=True)))
             if tied and name in self.decoder and name in self.encoder and self._same_latents(name):
                 self.encoder[name].copy_(self.decoder[name])
+        for span in self._tied():
+            for name in span.writers[1:]:
+                self._vectors(name, span).copy_(self._vectors(span.writers[0], span))
+                if tied and name in span.readers and self._same_latents(name):
+                    own = self._own(self.reads[name], span)
+                    self.encoder[name][own] = self.decoder[name][own]
         for name in self.encoder:
             readers = torch.cat(
                 [torch.full((s.size,), float(len(s.readers))) for s in self.wiring.spans if name in s.readers]
@@ -106,6 +116,31 @@ class Dictionary(nn.Module):
                 ports = self.reads[name]
                 seen_S = self.encoder[name] @ self.bias[name]
                 self.activation.bias_L.sub_(seen_S[ports.local_L] * ports.present_L)
+
+    def _tied(self) -> list[Span]:
+        """Spans whose latents write one vector to several sources."""
+        return [span for span in self.wiring.spans if span.tied and len(span.writers) > 1]
+
+    def _own(self, ports: Ports, span: Span) -> slice:
+        """Where a span's latents stand in the matrices of one of its sources."""
+        first = int(ports.local_L[self.wiring.slices[span.name].start])
+        return slice(first, first + span.size)
+
+    def _vectors(self, source: str, span: Span) -> Tensor:
+        return self.decoder[source][self._own(self.writes[source], span)]
+
+    @torch.no_grad()
+    def tie_gradients(self) -> None:
+        """Give the copies of a vector that a tied span writes the gradient of one: their sum. So they stay alike to the
+        bit. (In the norm by which gradients are clipped it counts once per source.)"""
+        for span in self._tied():
+            grads = [self.decoder[name].grad for name in span.writers]
+            own = [self._own(self.writes[name], span) for name in span.writers]
+            parts = [grad[at] for grad, at in zip(grads, own, strict=True) if grad is not None]
+            if parts:
+                total = torch.stack(parts).sum(0)
+                for part in parts:
+                    part.copy_(total)
 
     def _same_latents(self, source: str) -> bool:
         return self.reads[source].slices == self.writes[source].slices
@@ -155,7 +190,7 @@ class Dictionary(nn.Module):
         pre = self.pre(x)
         code = self.activation(pre, norm_L)
         target = {name: self.scale.scaled(name, self._rows(name, x)) for name in self.wiring.writers}
-        return Forward(target, self.written(code), code, pre, norm_L)
+        return Forward(target, self.written(code), code, pre, norm_L, self.weight_L)
 
     def written(self, code: Code) -> dict[str, Tensor]:
         """What a code writes, with the biases, in scaled space: {writer: [B, D]}."""
@@ -186,15 +221,17 @@ class Dictionary(nn.Module):
 
         sum    sum over sources of |d| (the crosscoders of Lindsey et al. 2024)
         joint  length of all that a latent writes, sqrt(sum of |d|^2)
+        mixed  joint + alpha x sum
         mean   sum / number of sources that the latent writes to
         none   1
         """
         norm_WL = self.decoder_norms()
         if self.norm == "none":
             return torch.ones_like(norm_WL[0])
-        if self.norm == "joint":
-            return torch.linalg.vector_norm(norm_WL, dim=0)
         total_L = norm_WL.sum(0)
+        if self.norm in ("joint", "mixed"):
+            joint_L = torch.linalg.vector_norm(norm_WL, dim=0)
+            return joint_L if self.norm == "joint" else joint_L + self.alpha * total_L
         return (
             total_L / torch.stack([p.present_L for p in self.writes.values()]).sum(0)
             if self.norm == "mean"
@@ -245,6 +282,7 @@ class Dictionary(nn.Module):
             "spans": [asdict(span) for span in self.wiring.spans],
             "method": self.method.model_dump(mode="json"),
             "norm": self.norm,
+            "alpha": self.alpha,
         }
 
     @classmethod
@@ -265,9 +303,10 @@ class Dictionary(nn.Module):
         if saved.get("format") != FORMAT:
             raise CheckpointError("another format of dictionary", saved.get("format"), f"This version reads {FORMAT}")
         try:
-            spans = tuple(Span(s["name"], s["size"], tuple(s["readers"]), tuple(s["writers"])) for s in saved["spans"])
-            wiring = Wiring(spans, saved["sources"])
-            made = create(wiring, methods.parse(saved["method"]), Scale(saved["sources"]), saved["norm"], steps=1)[0]
+            spans = [s | {side: tuple(s[side]) for side in ("readers", "writers")} for s in saved["spans"]]
+            wiring = Wiring(tuple(Span(**span) for span in spans), saved["sources"])
+            scale, norm = Scale(saved["sources"]), (saved["norm"], 1, saved["alpha"])
+            made = create(wiring, methods.parse(saved["method"]), scale, *norm)[0]
             made.load_state_dict(weights)
         except (KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
@@ -279,11 +318,11 @@ class Dictionary(nn.Module):
 
 
 def create(
-    wiring: Wiring, config: methods.MethodConfig, scale: Scale, norm: Norm, steps: int
+    wiring: Wiring, config: methods.MethodConfig, scale: Scale, norm: Norm, steps: int, alpha: float = 0.1
 ) -> tuple[Dictionary, Iterable[Any]]:
     """A dictionary of zeros and the terms of its method's loss."""
     built = config.build(wiring, steps)
-    return Dictionary(wiring, config, built.activation, scale, norm), built.terms
+    return Dictionary(wiring, config, built.activation, scale, norm, alpha), built.terms
 
 
 def default_decoder_norm(wiring: Wiring) -> float:

@@ -99,10 +99,11 @@ class TopKConfig(MethodConfig, ABC):
         return self.k_anneal if self.k_start is not None else 0
 
     def k_at(self, wiring: Wiring) -> Schedule:
-        """k over steps. Raises WiringError where it is larger than the latents."""
+        """k over steps. Raises WiringError where it is larger than the latents that compete for it."""
         start = self.k if self.k_start is None else self.k_start
-        if max(self.k, start) > wiring.latents:
-            value = f"{max(self.k, start)} > {wiring.latents}"
+        latents = sum(span.size for span in wiring.spans if span.k is None)
+        if latents and max(self.k, start) > latents:
+            value = f"{max(self.k, start)} > {latents}"
             raise WiringError("k is larger than the latents", value, "Lower method.k (method.k_start) or add latents")
         return ramp(start, self.k, self.k_anneal)
 

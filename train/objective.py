@@ -58,10 +58,10 @@ class Reconstruction(Term):
 
 
 class L1(Term):
-    """mean over rows of sum over latents of f x norm (Lindsey et al. 2024 for crosscoders, with norm = sum)."""
+    """mean over rows of sum over latents of f x norm x weight of the span (Lindsey et al. 2024, with norm = sum)."""
 
     def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
-        return out.code.l1(out.norm_L)
+        return out.code.l1(out.norm_L * out.weight_L)
 
 
 class Power(Term):
@@ -95,7 +95,7 @@ class Power(Term):
         return self.gain * self._value(out, self.power(now.step))
 
     def _value(self, out: Forward, p: float) -> Tensor:
-        sum_B = out.code.sums(lambda score: _power(score, p), out.norm_L)
+        sum_B = out.code.sums(lambda score: _power(score, p), out.norm_L * out.weight_L)
         return (sum_B if self.form == "lp_p" else _power(sum_B, 1 / p)).mean()
 
     def observe(self, out: Forward, now: Now) -> None:

@@ -1,7 +1,7 @@
 """A config and a store -> a trainer that can begin. What can be wrong is refused here, before anything is written."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,13 @@ from shared.device import device_of
 from shared.errors import ConfigError
 from shared.view import View
 from train import dictionary, measure, parallel, reader, scale, trackers, wiring
-from train.config import TrainConfig
+from train.config import TrainConfig, WiringConfig
 from train.filter import Kept, kept_rows, require_rows
 from train.order import Order, default_window_blocks
 from train.scale import Scale
 from train.sources import Sources
 from train.trainer import Trainer
-from train.wiring import Wiring
+from train.wiring import Span, Wiring
 
 READ = 4096  # rows at once
 
@@ -106,7 +106,25 @@ def _wiring(store: View, asked: TrainConfig) -> Wiring:
     widths = Sources(store, sources).widths
     if len(widths) < len(sources):
         raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
-    return wiring.build(asked.wiring.kind, widths, asked.wiring.latents, asked.wiring.exclusive)
+    wires = _of_kind(asked.wiring, widths)
+    if asked.wiring.k and "k" not in type(asked.method).model_fields:
+        raise ConfigError("this method keeps no k latents", f"{asked.method.name}, wiring.k", "Leave out wiring.k")
+    return wiring.with_k(wires, asked.wiring.k)
+
+
+def _of_kind(asked: WiringConfig, widths: Mapping[str, int]) -> Wiring:
+    if asked.kind != "spans":
+        if asked.spans:
+            raise ConfigError(
+                "wiring.spans are of the kind spans", f"wiring.kind {asked.kind}", "Leave one of them out"
+            )
+        return wiring.build(asked.kind, widths, asked.latents, asked.exclusive, asked.readers)
+    every = tuple(widths)
+    spans = [
+        Span(one.name, 0, tuple(one.readers or every), tuple(one.writers or every), None, one.weight, one.tied)
+        for one in asked.spans
+    ]
+    return wiring.from_spans(spans, [one.size for one in asked.spans], widths, asked.latents)
 
 
 def order_of(store: View, kept: Kept, batch: int, seed: int) -> Order:
@@ -152,5 +170,7 @@ def blank(made: Ready, scaled: Scale | None = None) -> Trainer:
     """The trainer with weights of 0, and (none given) without a scale: for a checkpoint to fill."""
     asked = made.config
     scaled = scaled or Scale(made.wiring.widths)
-    built, terms = dictionary.create(made.wiring, asked.method, scaled, asked.wiring.norm, asked.steps)
+    built, terms = dictionary.create(
+        made.wiring, asked.method, scaled, asked.wiring.norm, asked.steps, asked.wiring.alpha
+    )
     return Trainer(built.to(made.device), list(terms), asked)

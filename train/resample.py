@@ -86,7 +86,10 @@ def _begin_again(trainer: Trainer, span: Span, latents: Tensor, live_L: Tensor, 
     own[: dictionary.wiring.slices[span.name].start] = False
     own[dictionary.wiring.slices[span.name].stop :] = False
     live = torch.nonzero(own if own.any() else live_L).flatten()
-    _put(trainer, dictionary.decoder, dictionary.writes, span.writers, latents, live, x, 1.0)
+    written = {name: x[name] for name in span.writers}
+    if span.tied:
+        written = dict.fromkeys(written, torch.stack(list(written.values())).mean(0))
+    _put(trainer, dictionary.decoder, dictionary.writes, span.writers, latents, live, written, 1.0)
     _put(trainer, dictionary.encoder, dictionary.reads, span.readers, latents, live, x, trainer.config.resample.encoder)
     for name, value in dictionary.activation.begins.items():
         _set(trainer, dictionary.activation.get_parameter(name), latents, value)

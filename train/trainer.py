@@ -55,6 +55,7 @@ class Trainer:
         loss = torch.stack([term.weight(self.step) * values[term.name] for term in self.terms]).sum()
         loss.backward()
         parallel.average(self.parameters)
+        self.dictionary.tie_gradients()
         unit = self.config.wiring.decoder == "unit"
         if unit:
             self.dictionary.project_gradients()

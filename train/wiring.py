@@ -4,15 +4,14 @@ autoencoder(a)        all: a reads, a writes
 transcoder(a, b)      all: a reads, b writes
 crosscoder(a, b, ..)  all: everyone reads and writes
 dedicated(a, b, ..)   only_a | shared: everyone | only_b (| only_c ...)
+spans                 as they are listed
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from shared.errors import WiringError
-
-KINDS = ("autoencoder", "transcoder", "crosscoder", "dedicated")
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,9 @@ class Span:
     size: int
     readers: tuple[str, ...]
     writers: tuple[str, ...]
+    k: int | None = None  # a budget of its own, of methods that keep k latents; none: of the k for all others
+    weight: float = 1.0  # of its codes in a penalty
+    tied: bool = False  # its latents write one vector to all writers (designated shared latents)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,13 @@ class Wiring:
         for span in self.spans:
             if span.size < 1:
                 raise WiringError("a span needs at least one latent", f"{span.name} has {span.size}", "Add latents")
+            if span.k is not None and not 0 < span.k <= span.size:
+                raise WiringError(
+                    "a span cannot keep so many", f"{span.k} of {span.size} in {span.name}", "Change its k"
+                )
+            if span.tied and len({self.widths.get(name) for name in span.writers}) > 1:
+                told = ", ".join(f"{name} {self.widths.get(name)}" for name in span.writers)
+                raise WiringError(f"span {span.name} cannot write one vector to these widths", told, "Leave out tied")
             if not span.readers or not span.writers:
                 raise WiringError("a span needs readers and writers", span.name, "Name sources for both")
             strangers = sorted({*span.readers, *span.writers} - set(self.widths))
@@ -90,13 +99,17 @@ def size_of(slices: Sequence[slice]) -> int:
 
 
 def build(
-    kind: str, widths: Mapping[str, int], latents: int, exclusive: float | int | Mapping[str, float | int] = 0.05
-) -> Wiring:
+    kind: str, widths: Mapping[str, int], latents: int, exclusive: float | int | Mapping[str, float | int] = 0.05,
+    readers: Sequence[str] | None = None,
+) -> Wiring:  # fmt: skip
     """A wiring by its name over sources in order. `exclusive` is for `dedicated` alone: latents (an integer) or a share
-    of all latents (a fraction, rounded) that each source has to itself, as one value or per source.
+    of all latents (a fraction, rounded) that each source has to itself, as one value or per source. `readers` is for
+    `crosscoder` alone: those of the sources that are read (none: all).
 
     Raises WiringError where the number of sources or the sizes do not fit.
     """
+    if readers is not None and kind != "crosscoder":
+        raise WiringError(f"who reads in {kind} is fixed", ", ".join(readers), "Leave out wiring.readers")
     names = tuple(widths)
     least, most = {"autoencoder": (1, 1), "transcoder": (2, 2)}.get(kind, (2, None))
     if len(names) < least or (most is not None and len(names) > most):
@@ -105,7 +118,7 @@ def build(
     if kind == "transcoder":
         return Wiring((Span("all", latents, names[:1], names[1:]),), dict(widths))
     if kind in ("autoencoder", "crosscoder"):
-        return Wiring((Span("all", latents, names, names),), dict(widths))
+        return Wiring((Span("all", latents, tuple(readers or names), names),), dict(widths))
     return _dedicated(names, widths, latents, exclusive)
 
 
@@ -129,3 +142,30 @@ def _size(exclusive: float | int | Mapping[str, float | int], name: str, latents
     if size <= 0:
         raise WiringError("wiring.exclusive is not above 0", f"{name} {size}", "Give latents (2) or a share (0.05)")
     return size if isinstance(size, int) else round(size * latents)
+
+
+def from_spans(
+    spans: Sequence[Span], shares: Sequence[float | int | None], widths: Mapping[str, int], latents: int
+) -> Wiring:
+    """A wiring of these spans, whose sizes are given by `shares`: latents (an integer), a share of all latents (a
+    fraction, rounded), or, for one of them, none: what the others leave.
+
+    Raises WiringError where the sizes do not add up.
+    """
+    sizes = [round(share * latents) if isinstance(share, float) else share for share in shares]
+    rest = latents - sum(size for size in sizes if size is not None)
+    open_ends = sizes.count(None)
+    if open_ends > 1 or rest < 0 or (rest > 0 and not open_ends):
+        told = ", ".join(
+            f"{span.name} {'rest' if size is None else size}" for span, size in zip(spans, sizes, strict=True)
+        )
+        raise WiringError(f"the sizes of spans do not add up to {latents}", told, "Leave out the size of one of them")
+    filled = [replace(span, size=rest if size is None else size) for span, size in zip(spans, sizes, strict=True)]
+    return Wiring(tuple(filled), dict(widths))
+
+
+def with_k(wiring: Wiring, k: Mapping[str, int]) -> Wiring:
+    """The same with budgets of their own for these spans. Raises WiringError for a name that is none of theirs."""
+    if strangers := sorted(set(k) - set(wiring.slices)):
+        raise WiringError("wiring.k names an unknown span", ", ".join(strangers), f"Spans: {', '.join(wiring.slices)}")
+    return Wiring(tuple(replace(span, k=k.get(span.name, span.k)) for span in wiring.spans), wiring.widths)

@@ -73,6 +73,7 @@ class Dense:
         return {
             "sum": length_WL.sum(0),
             "joint": torch.where(square_L > 0, square_L, 1.0).sqrt() * (square_L > 0),  # with a gradient of 0 at 0
+            "mixed": torch.where(square_L > 0, square_L, 1.0).sqrt() * (square_L > 0) + 0.1 * length_WL.sum(0),
             "mean": length_WL.sum(0) / count_L,
             "none": torch.ones(len(count_L), dtype=torch.float64),
         }[kind]

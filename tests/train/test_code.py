@@ -50,12 +50,16 @@ def test_both_kinds_of_code_answer_alike(seed: int) -> None:
     weight_L = torch.rand(LATENTS, generator=torch.Generator().manual_seed(seed)) + 0.1
     dense, sparse = made(seed)
     f_BL = dense.f_BL.double()
-    scores = (f_BL * weight_L)[f_BL > 0]
+    group_L = torch.arange(LATENTS) % 3
+    scores = [(f_BL * weight_L)[:, group_L == g][f_BL[:, group_L == g] > 0] for g in range(3)]
+    wanted = [float(one.min()) if len(one) else torch.inf for one in scores]
     for code in (dense, sparse):
         assert torch.equal(code.dense(), dense.f_BL)
         assert code.fires_L().tolist() == (f_BL > 0).sum(0).tolist()
         assert code.l1(weight_L).item() == pytest.approx(float((f_BL @ weight_L.double()).mean()), rel=1e-5, abs=1e-7)
-        assert code.smallest(weight_L).item() == pytest.approx(float(scores.min()) if len(scores) else torch.inf)
+        assert code.smallest(weight_L, group_L, 3).tolist() == pytest.approx(wanted)
+        sums_B = code.sums(torch.square, weight_L)
+        torch.testing.assert_close(sums_B.double(), (f_BL * weight_L).square().sum(1), rtol=1e-5, atol=1e-7)
 
 
 def test_penalties_see_the_soft_code() -> None:
@@ -69,7 +73,8 @@ def test_a_code_without_entries_writes_zeros_and_has_no_smallest() -> None:
     code = SparseCode(Entries(none, none, 3, LATENTS), torch.zeros(0))
     W_SD = torch.ones(LATENTS, 4)
     assert torch.equal(code.write(W_SD, ports("autoencoder", "a")), torch.zeros(3, 4))
-    assert code.smallest(torch.ones(LATENTS)).item() == torch.inf
+    assert code.smallest(torch.ones(LATENTS), torch.zeros(LATENTS, dtype=torch.int64), 1).tolist() == [torch.inf]
+    assert code.sums(torch.square, torch.ones(LATENTS)).tolist() == [0, 0, 0]
     assert code.l1(torch.ones(LATENTS)).item() == 0
     assert int(code.fires_L().sum()) == 0
 
@@ -105,3 +110,19 @@ def test_penalty_and_write_have_the_gradients_of_the_formula(case: str) -> None:
     by_entry, dW_entry = gradients(SparseCode(sparse.entries, value_K), value_K)
     torch.testing.assert_close(by_entry, by_matrix[sparse.entries.row_K, sparse.entries.latent_K], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(dW_entry, dW_matrix, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_groups_of_latents_write_is_what_each_of_them_would_alone(case: str) -> None:
+    made_of, group_L = wiring(case), torch.arange(LATENTS) % 3
+    for source in made_of.writers:
+        own = ports(case, source)
+        W_SD = torch.randn(own.size, made_of.widths[source], generator=torch.Generator().manual_seed(1))
+        for code in made(5):
+            y_BGD = code.write_groups(W_SD, own, group_L, 3)
+            for group in range(3):
+                f_BL = code.dense() * (group_L == group)
+                torch.testing.assert_close(
+                    y_BGD[:, group], DenseCode(f_BL, f_BL).write(W_SD, own), rtol=1e-5, atol=1e-5
+                )
+            torch.testing.assert_close(y_BGD.sum(1), code.write(W_SD, own), rtol=1e-5, atol=1e-5)

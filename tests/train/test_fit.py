@@ -300,6 +300,14 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(
          "a group of latents is empty: group 0 of 8"),
         ({"method": {"name": "matryoshka", "groups": [0.5, 0.4]}}, ConfigError, "shares above 0 whose sum is 1"),
         ({"method": {"name": "p_anneal", "p_first": 0.5, "p_last": 0.4}}, ConfigError, "p_first is behind p_last"),
+        ({"wiring": {"latents": 16, "spans": [{"name": "x"}]}}, ConfigError,
+         r"wiring\.spans are of the kind spans: wiring\.kind crosscoder"),
+        ({"wiring": {"latents": 16, "kind": "spans"}}, WiringError, "the sizes of spans do not add up to 16"),
+        ({"wiring": {"latents": 16, "kind": "spans", "spans": [{"name": "x", "tied": True}]}}, WiringError,
+         "span x cannot write one vector to these widths: a 6, b 4"),
+        ({"wiring": {"latents": 16, "k": {"al": 3}}}, WiringError, "wiring.k names an unknown span: al. Spans: all"),
+        ({"wiring": {"latents": 16, "k": {"all": 3}}, "method": "standard"}, ConfigError,
+         r"this method keeps no k latents: standard, wiring\.k"),
         ({"resample": {"steps": [2, 999]}}, ConfigError, "cannot be resampled outside of the run: step 999 of "),
         ({"resample": {"steps": [0]}}, ConfigError, "cannot be resampled outside of the run: step 0 of "),
         ({"batch": 301}, ConfigError, r"the batch is larger than the rows that are kept: 301 > \d+\. Lower batch"),
@@ -649,3 +657,24 @@ def test_what_is_saved_is_as_open_as_its_folder(tmp_path: Path) -> None:
     assert len(saved) == 2
     for path in saved:
         assert path.stat().st_mode & 0o777 == path.parent.stat().st_mode & 0o666
+
+
+def test_a_run_on_listed_spans_is_trained_measured_and_read_again(store: Store, tmp_path: Path) -> None:
+    spans = [
+        {"name": "only_a", "size": 6, "readers": ["a"], "writers": ["a"]},
+        {"name": "from_a", "size": 0.25, "readers": ["a"]},
+        {"name": "both", "weight": 0.5},
+    ]
+    wiring = {"kind": "spans", "latents": 32, "spans": spans, "k": {"only_a": 1}, "norm": "mixed", "alpha": 0.5}
+    run = fit(store, {**ASKED, "wiring": wiring, "method": {"name": "topk", "k": 3}}, tmp_path / "run", quiet=True)
+    assert {name: one["latents"] for name, one in run.figures["spans"].items()} == {
+        "only_a": 6,
+        "from_a": 8,
+        "both": 18,
+    }
+    assert run.figures["spans"]["only_a"]["l0"] <= 1.0 + 1e-9
+    again = Dictionary.load(run.folder)
+    assert [(span.k, span.weight) for span in again.wiring.spans] == [(1, 1.0), (None, 1.0), (None, 0.5)]
+    assert again.alpha == 0.5
+    x = store.read(0, 8)
+    assert torch.equal(again.encode(x), run.dictionary.encode(x))

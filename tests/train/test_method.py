@@ -62,12 +62,12 @@ def test_a_k_larger_than_the_latents_is_refused_at_any_step(name: str) -> None:
 def test_k_goes_from_its_start_to_its_end_and_without_steps_is_at_its_end_at_once(name: str) -> None:
     def ks(**keys: int) -> list[int]:
         activation = methods.parse({"name": name, **keys}).build(WIRING, 10).activation
-        assert activation.k == ks_at(activation, 0)
+        assert activation.counts == [ks_at(activation, 0)]
         return [ks_at(activation, step) for step in range(6)]
 
     def ks_at(activation: Any, step: int) -> int:
         activation.schedule(step)
-        return int(activation.k)
+        return int(activation.counts[0])
 
     assert ks(k=2, k_start=10, k_anneal=4) == [10, 8, 6, 4, 2, 2]
     assert ks(k=10, k_start=2, k_anneal=4) == [2, 4, 6, 8, 10, 10]

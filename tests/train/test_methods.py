@@ -3,6 +3,8 @@
 Letters: B rows of a batch, L latents.
 """
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +12,15 @@ import torch
 
 from shared.errors import WiringError
 from tests import cases
+from tests.train.dense import top_mask, top_mask_of_batch
 from train import method as methods
 from train.code import Pre
-from train.dictionary import Dictionary
+from train.dictionary import Dictionary, create
 from train.methods.matryoshka import group_of
 from train.objective import Now
+from train.scale import Scale
 from train.trainer import Trainer
-from train.wiring import build
+from train.wiring import Span, Wiring, build, with_k
 
 WIRING = build("crosscoder", {"a": 20, "b": 16}, 48)
 
@@ -126,3 +130,119 @@ def test_a_budget_of_all_entries_is_plain_relu() -> None:
         x = cases.random_rows("crosscoder", 5)
         pre = dictionary.pre(x)
         assert torch.equal(dictionary.encode(x), pre.h_BL.clamp_min(0))
+
+
+# --- spans with budgets, weights and vectors of their own -------------------------------------------------------------
+
+
+def with_budgets(name: str, **keys: Any) -> Dictionary:
+    """only_a: 4 latents of which 1 is kept a row; shared: 38 and only_b: 6 compete for k = 2."""
+    wiring = with_k(build("dedicated", {"a": 20, "b": 16}, 48, {"a": 4, "b": 6}), {"only_a": 1})
+    config = cases.method(name, k=2, **keys)
+    return create(wiring, config, Scale(wiring.widths), "sum", 10)[0].initialise(0, 1.0).train()
+
+
+def scores(rows: int) -> Any:
+    return SimpleNamespace(
+        h_BL=torch.randn(rows, 48, generator=torch.Generator().manual_seed(2)),
+        at=lambda entries: entries.row_K * 0.0 + 1,
+    )
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka"])
+def test_a_span_with_a_k_of_its_own_keeps_so_many_and_the_others_compete(name: str) -> None:
+    dictionary, pre, norm_L = with_budgets(name), scores(16), torch.rand(48) + 0.5
+    code: Any = dictionary.activation(pre, norm_L)
+    kept_BL = code.dense() > 0
+    score_BL = pre.h_BL.clamp_min(0) * norm_L
+    for columns, k in ((slice(0, 4), 1), (slice(4, 48), 2)):
+        found, score = kept_BL[:, columns], score_BL[:, columns]
+        right = top_mask(score, k) if name == "topk" else top_mask_of_batch(score, k * 16)
+        assert torch.equal(found & (score > 0), right & (score > 0))
+    place_K = code.entries.row_K * 48 + code.entries.latent_K
+    assert (place_K.diff() > 0).all()  # by row, then latent
+
+
+def test_each_budget_has_a_threshold_of_its_own() -> None:
+    dictionary, norm_L = with_budgets("batch_topk"), torch.ones(48)
+    activation: Any = dictionary.activation
+    h_BL = torch.full((4, 48), -1.0)
+    h_BL[:, 0], h_BL[:, 4], h_BL[:, 5] = 9.0, 2.0, 3.0
+    pre: Any = SimpleNamespace(h_BL=h_BL, at=lambda entries: h_BL[entries.row_K, entries.latent_K])
+    with torch.no_grad():
+        activation.observe(activation(pre, norm_L), norm_L)
+    assert activation.threshold.tolist() == pytest.approx([9.0, 2.0])
+    dictionary.eval()
+    h_BL[:, 0], h_BL[:, 4] = 8.0, 2.5
+    assert (activation(pre, norm_L).dense()[0] > 0).nonzero().flatten().tolist() == [4, 5]
+
+
+def test_budgets_are_annealed_in_proportion() -> None:
+    activation: Any = with_budgets("topk", k_start=8, k_anneal=6).activation
+    assert [activation.budgets.counts(step) for step in (0, 3, 6, 99)] == [[4, 8], [2, 5], [1, 2], [1, 2]]
+
+
+def test_codes_of_a_span_with_a_budget_of_its_own_see_no_other_source() -> None:
+    """Where only_a has a k of its own, what b says does not reach its codes, while training or not."""
+    for name in ("topk", "batch_topk", "matryoshka"):
+        dictionary = with_budgets(name)
+        x = {"a": torch.randn(30, 20), "b": torch.randn(30, 16)}
+        other = {**x, "b": 100 * torch.randn(30, 16)}
+        for training in (True, False):
+            dictionary.train(training)
+            f_BL, changed_BL = dictionary.encode(x), dictionary.encode(other)
+            assert torch.equal(f_BL[:, :4], changed_BL[:, :4]) and (f_BL[:, :4] > 0).any()
+            assert not torch.equal(f_BL, changed_BL)
+
+
+def designated(name: str, weight: float = 0.2) -> Trainer:
+    """8 designated shared latents with one vector for both sources, and 40 free ones."""
+    both = ("a", "b")
+    wiring = Wiring(
+        (Span("designated", 8, both, both, None, weight, True), Span("free", 40, both, both)), {"a": 12, "b": 12}
+    )
+    asked = cases.config("crosscoder", name, 30, method=cases.method(name), dead_rows=100)
+    made, terms = create(wiring, asked.method, Scale(wiring.widths), "sum", 30)
+    return Trainer(made.initialise(0, 0.4), list(terms), asked)
+
+
+@pytest.mark.parametrize("name", cases.names())
+def test_tied_latents_write_one_vector_to_the_bit_and_learn_from_both_sources(name: str, tmp_path: Path) -> None:
+    trainer = designated(name)
+    before = trainer.dictionary.decoder["a"][:8].detach().clone()
+    for step in range(20):
+        generator = torch.Generator().manual_seed(step)
+        trainer.update({"a": torch.randn(64, 12, generator=generator), "b": torch.randn(64, 12, generator=generator)})
+        a_SD, b_SD = trainer.dictionary.decoder["a"], trainer.dictionary.decoder["b"]
+        assert torch.equal(a_SD[:8], b_SD[:8]) and not torch.equal(a_SD[8:], b_SD[8:])
+    assert not torch.equal(trainer.dictionary.decoder["a"][:8], before)
+    trainer.dictionary.eval().save(tmp_path / "d")
+    assert Dictionary.load(tmp_path / "d").wiring == trainer.dictionary.wiring
+
+
+def test_the_gradient_of_a_tied_vector_is_the_sum_over_its_sources() -> None:
+    trainer = designated("standard")
+    dictionary = trainer.dictionary
+    for number, name in enumerate(("a", "b")):
+        dictionary.decoder[name].grad = torch.full_like(dictionary.decoder[name], number + 1.0)
+    dictionary.tie_gradients()
+    for number, name in enumerate(("a", "b")):
+        grad = dictionary.decoder[name].grad
+        assert grad is not None and (grad[:8] == 3).all() and (grad[8:] == number + 1).all()
+
+
+@pytest.mark.parametrize("name", ["standard", "gated", "p_anneal", "gated_anneal", "jumprelu"])
+def test_the_weight_of_a_span_is_that_of_its_codes_in_the_penalty(name: str) -> None:
+    """A span of weight 0 costs nothing, one of half the weight half."""
+    x = {"a": torch.randn(40, 12), "b": torch.randn(40, 12)}
+    keys = {"penalty": "l0", "threshold": 0.1} if name == "jumprelu" else {}
+    values = []
+    for weight in (0.0, 0.5, 1.0):
+        trainer = designated(name, weight)
+        built = cases.method(name, **keys).build(trainer.dictionary.wiring, 30)
+        term = next(one for one in built.terms if one.name in ("l1", "lp", "price"))
+        trainer.dictionary.activation = built.activation
+        with torch.no_grad():
+            trainer.dictionary.activation.bias_L += 0.5
+            values.append(float(term(trainer.dictionary, trainer.dictionary(x), Now(0, torch.zeros(48)))))
+    assert values[0] < values[1] < values[2] and values[1] - values[0] == pytest.approx(values[2] - values[1], rel=1e-5)

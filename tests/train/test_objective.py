@@ -40,7 +40,7 @@ def half_dead(latents: int) -> Tensor:
 
 
 @every_case
-@pytest.mark.parametrize("norm", ["sum", "joint", "mean", "none"])
+@pytest.mark.parametrize("norm", ["sum", "joint", "mixed", "mean", "none"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_loss_and_every_gradient_equal_the_formula_in_fp64(case: str, name: str, norm: str) -> None:
     made = dictionary(case, name, norm)
@@ -148,7 +148,8 @@ def test_terms_of_a_hand_made_batch() -> None:
 def of_codes(rows: list[list[float]]) -> Forward:
     """A forward pass of which a penalty sees these codes."""
     f_BL = torch.tensor(rows, requires_grad=True)
-    made: Any = SimpleNamespace(code=DenseCode(f_BL, f_BL), norm_L=torch.ones(f_BL.shape[1]))
+    ones_L = torch.ones(f_BL.shape[1])
+    made: Any = SimpleNamespace(code=DenseCode(f_BL, f_BL), norm_L=ones_L, weight_L=ones_L)
     return made
 
 

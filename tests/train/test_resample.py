@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared.store import Store
 from tests import cases
+from tests.build import make_store
 from train.fit import fit, resume
 from train.prepare import fresh
 from train.reader import read
@@ -180,3 +181,12 @@ def test_a_run_that_resamples_and_is_stopped_goes_on_to_the_same_bits(store: Sto
     name = "dictionary/dictionary.safetensors"
     assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
     assert (again.folder / "metrics.jsonl").read_text().count('"event": "resample"') == 2
+
+
+def test_designated_shared_latents_begin_again_with_one_vector(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "pair.zarr", rows=300, sources={"a": 6, "b": 6}, chunk_rows=16, documents=20)
+    spans = [{"name": "designated", "size": 0.5, "tied": True}, {"name": "free"}]
+    trainer, order = begun(store, "crosscoder", wiring={"kind": "spans", "latents": LATENTS, "spans": spans})
+    assert resample(trainer, store, order)["designated"] > 0
+    a_SD, b_SD = trainer.dictionary.decoder["a"], trainer.dictionary.decoder["b"]
+    assert torch.equal(a_SD[:20], b_SD[:20]) and not torch.equal(a_SD[20:], b_SD[20:])

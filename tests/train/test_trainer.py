@@ -125,7 +125,7 @@ def test_every_step_has_its_own_rate_and_its_own_k() -> None:
     for step in range(STEPS):
         record = trainer.update(cases.random_rows("crosscoder", BATCH, seed=step))
         rates.append(trainer.optimiser.param_groups[0]["lr"])
-        ks.append(trainer.dictionary.activation.k)
+        ks.append(trainer.dictionary.activation.counts[0])
         assert float(record["l0"]) <= ks[-1]
     assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2, 1e-2, 0.5e-2])
     assert ks == [8, 6, 5, 3, 3, 3]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import WiringError
-from train.wiring import Span, Wiring, build
+from train.wiring import Span, Wiring, build, from_spans, with_k
 
 ONE, TWO, THREE = {"a": 6}, {"a": 6, "b": 4}, {"a": 6, "b": 4, "c": 5}
 
@@ -107,3 +107,38 @@ def test_spans_of_unknown_sources_and_of_one_name_are_refused() -> None:
         Wiring((Span("all", 2, ("a",), ("a",)), Span("all", 2, ("a",), ("a",))), ONE)
     with pytest.raises(WiringError, match="a span needs readers and writers: all"):
         Wiring((Span("all", 2, ("a",), ()),), ONE)
+
+
+def test_spans_that_are_listed_have_sizes_shares_and_one_the_rest() -> None:
+    both = ("a", "b")
+    listed = [Span("designated", 0, both, both), Span("free", 0, both, both), Span("own", 0, ("a",), ("a",))]
+    assert [s.size for s in from_spans(listed, [0.1, None, 7], TWO, 64).spans] == [6, 51, 7]
+    assert [s.size for s in from_spans(listed, [10, 50, 4], TWO, 64).spans] == [10, 50, 4]
+    for shares in ([10, 50, 5], [10, 50, 3], [None, None, 3], [0.5, 0.6, None]):
+        with pytest.raises(WiringError, match="the sizes of spans do not add up to 64: designated "):
+            from_spans(listed, shares, TWO, 64)
+    with pytest.raises(WiringError, match="a span needs at least one latent: free has 0"):
+        from_spans(listed, [32, None, 32], TWO, 64)
+
+
+def test_a_crosscoder_may_read_some_of_its_sources() -> None:
+    assert spans(build("crosscoder", THREE, 8, readers=["b"])) == [("all", 8, "b", "abc")]
+    with pytest.raises(WiringError, match="span all names an unknown source: z"):
+        build("crosscoder", THREE, 8, readers=["z"])
+    with pytest.raises(WiringError, match=r"who reads in dedicated is fixed: a\. Leave out wiring\.readers"):
+        build("dedicated", TWO, 8, 1, readers=["a"])
+
+
+def test_spans_get_budgets_of_their_own_by_name() -> None:
+    wiring = with_k(build("dedicated", TWO, 20, 4), {"only_a": 2, "only_b": 4})
+    assert [span.k for span in wiring.spans] == [2, None, 4]
+    with pytest.raises(WiringError, match=r"wiring\.k names an unknown span: all\. Spans: only_a, shared, only_b"):
+        with_k(wiring, {"all": 2})
+    with pytest.raises(WiringError, match="a span cannot keep so many: 5 of 4 in only_a"):
+        with_k(wiring, {"only_a": 5})
+
+
+def test_one_vector_for_sources_of_two_widths_is_refused() -> None:
+    with pytest.raises(WiringError, match="span s cannot write one vector to these widths: a 6, b 4"):
+        Wiring((Span("s", 2, ("a", "b"), ("a", "b"), tied=True),), TWO)
+    assert Wiring((Span("s", 2, ("a", "b"), ("a",), tied=True),), TWO).latents == 2

@@ -20,5 +20,5 @@ class Config(BatchTopKConfig):
     name: Literal["batch_topk"] = "batch_topk"
 
     def build(self, wiring: Wiring, steps: int) -> Method:
-        activation = BatchTopK(wiring.latents, self.k_at(wiring), self.threshold_decay)
+        activation = BatchTopK(wiring, self.k_at(wiring), self.threshold_decay)
         return Method(activation, [Reconstruction("recon", constant(1.0)), self.auxk(wiring)])

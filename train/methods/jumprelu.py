@@ -9,7 +9,7 @@ loss = |x - y|^2 + price x
 + silent x sum of relu(t - h) x norm, which brings back latents that do not fire (Anthropic, there)
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from pydantic import Field
@@ -53,7 +53,7 @@ class Config(MethodConfig):
         activation = JumpReLU(wiring.latents, self.threshold, self.bandwidth)
         price = ramp(0.0, self.price, self.price_warmup)
         terms = [Reconstruction("recon", constant(1.0)), Price(price, self.penalty, self.target, self.c)]
-        return Method(activation, [*terms, *([Silent(activation, self.silent)] if self.silent else [])])
+        return Method(activation, [*terms, *([Silent("silent", constant(self.silent))] if self.silent else [])])
 
 
 class Price(Term):
@@ -65,8 +65,8 @@ class Price(Term):
 
     def forward(self, dictionary: "Dictionary", out: Forward, now: Now) -> Tensor:
         if self.penalty == "tanh":
-            return torch.tanh(self.c * out.code.dense() * out.norm_L).sum(1).mean()
-        l0 = out.code.l1(torch.ones_like(out.norm_L))
+            return (torch.tanh(self.c * out.code.dense() * out.norm_L) @ out.weight_L).mean()
+        l0 = out.code.l1(out.weight_L)
         if self.penalty == "l0":
             return l0
         [total] = parallel.summed([l0.detach()])
@@ -76,9 +76,5 @@ class Price(Term):
 class Silent(Term):
     """mean over rows of sum over latents of relu(t - h) x norm."""
 
-    def __init__(self, activation: JumpReLU, weight: float) -> None:
-        super().__init__("silent", constant(weight))
-        self._threshold_L = lambda: activation.threshold_L
-
     def forward(self, dictionary: "Dictionary", out: Forward, now: Now) -> Tensor:
-        return (relu(self._threshold_L() - out.pre.dense_BL) * out.norm_L).sum(1).mean()
+        return (relu(cast(JumpReLU, dictionary.activation).threshold_L - out.pre.dense_BL) * out.norm_L).sum(1).mean()

@@ -40,7 +40,7 @@ class Config(BatchTopKConfig):
         return value
 
     def build(self, wiring: Wiring, steps: int) -> Method:
-        activation = BatchTopK(wiring.latents, self.k_at(wiring), self.threshold_decay)
+        activation = BatchTopK(wiring, self.k_at(wiring), self.threshold_decay)
         return Method(activation, [Nested(group_of(wiring, self.groups), len(self.groups)), self.auxk(wiring)])
 
 

@@ -4,13 +4,15 @@ f = relu(h) where relu(h) x norm is among the row's k largest
 loss = |x - y|^2 + aux x AuxK + multi x |x - y of the 4 k largest|^2
 """
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import relu
 
-from train.code import Activation, Code, Forward, Pre, SparseCode
+from train.activation import Budgets
+from train.code import Activation, Forward, Pre, SparseCode
 from train.kernels import top_per_row
 from train.method import Method, TopKConfig
 from train.objective import Now, Reconstruction, Term, squared_error
@@ -30,38 +32,34 @@ class Config(TopKConfig):
     multi: float = Field(0.0, ge=0)  # weight of the reconstruction by 4 k latents (Multi-TopK: 0.125); 0: none
 
     def build(self, wiring: Wiring, steps: int) -> Method:
-        activation = TopK(wiring.latents, self.k_at(wiring))
+        activation = TopK(wiring, self.k_at(wiring))
         terms = [Reconstruction("recon", constant(1.0)), self.auxk(wiring)]
-        return Method(activation, [*terms, *([Multi(activation, self.multi)] if self.multi else [])])
+        return Method(activation, [*terms, *([Multi("multi", constant(self.multi))] if self.multi else [])])
 
 
 class TopK(Activation):
     """f = relu(h) on the k largest relu(h) x norm of every row."""
 
-    def __init__(self, latents: int, k: Schedule) -> None:
-        super().__init__(latents)
-        self.k_at = k
+    def __init__(self, wiring: Wiring, k: Schedule) -> None:
+        super().__init__(wiring.latents)
+        self.budgets = Budgets(wiring, k)
         self.schedule(0)
 
-    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
-        return strongest(pre, norm_L, self.k)
+    def forward(self, pre: Pre, norm_L: Tensor) -> SparseCode:
+        return self.strongest(pre, norm_L, self.counts)
+
+    def strongest(self, pre: Pre, norm_L: Tensor, counts: Sequence[int]) -> SparseCode:
+        entries = self.budgets.select(relu(pre.h_BL) * norm_L.detach(), counts, top_per_row)
+        return SparseCode(entries, relu(pre.at(entries)))
 
     def schedule(self, step: int) -> None:
-        self.k = round(self.k_at(step))
-
-
-def strongest(pre: Pre, norm_L: Tensor, k: int) -> SparseCode:
-    entries = top_per_row(relu(pre.h_BL) * norm_L.detach(), min(k, pre.h_BL.shape[1]))
-    return SparseCode(entries, relu(pre.at(entries)))
+        self.counts = self.budgets.counts(step)
 
 
 class Multi(Term):
     """mean over rows of sum over sources of |x - y|^2 where y is written by the 4 k strongest latents of each row."""
 
-    def __init__(self, activation: TopK, weight: float) -> None:
-        super().__init__("multi", constant(weight))
-        self._k_at = activation.k_at
-
     def forward(self, dictionary: "Dictionary", out: Forward, now: Now) -> Tensor:
-        code = strongest(out.pre, out.norm_L, MULTI * round(self._k_at(now.step)))
+        activation = cast(TopK, dictionary.activation)
+        code = activation.strongest(out.pre, out.norm_L, [MULTI * k for k in activation.budgets.counts(now.step)])
         return squared_error(out.target, dictionary.written(code))
