@@ -98,6 +98,7 @@ MODULES: dict[str, dict[str, str]] = {
         "config": "what a run is told",
         "trainer": "one update of one dictionary, in its order of operations",
         "checkpoint": "the state of a run on disk, whole or absent",
+        "exclusivity": "what is exclusive about spans that do not read every source",
         "measure": "the figures, with their formulas, over all rows at once",
         "resample": "dead latents begin again from rows that are reconstructed badly",
         "report": "a run's folder -> one page",

@@ -98,6 +98,16 @@ def weighted(key: int, weight_N: np.ndarray, n: int) -> np.ndarray:
     if not weight_N.any():
         weight_N = np.ones(len(weight_N))
     some = np.flatnonzero(weight_N)
-    uniform = ((splitmix64(key, some) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    late = -np.log(uniform) * (weight_N.max() / weight_N[some])
+    late = -np.log(uniform(key, some)) * (weight_N.max() / weight_N[some])
     return np.resize(some[np.argsort(late, kind="stable")], n)
+
+
+def uniform(key: int, index: np.ndarray) -> np.ndarray:
+    """Numbers `index` of a stream of evenly distributed ones between 0 and 1, float64."""
+    return ((splitmix64(key, index) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def normal(key: int, index: np.ndarray) -> np.ndarray:
+    """Numbers `index` of a stream of standard normal ones, float64 (Box and Muller 1958)."""
+    radius = np.sqrt(-2 * np.log(uniform(keyed(key, 0), index)))
+    return radius * np.cos(2 * np.pi * uniform(keyed(key, 1), index))

@@ -15,13 +15,15 @@ from shared.errors import StoreError
 from shared.log import bar
 from shared.view import View
 from train.dictionary import Dictionary, relative_norms
+from train.exclusivity import SHADOWED, Exclusivity
 from train.filter import RowsConfig, kept_rows
 from train.order import Order
 from train.reader import read
 from train.sources import Sources
 
 BATCH = 2048
-EXCLUSIVE = 0.8  # R above which a latent counts as exclusive to a source (DFC paper, section 1.5)
+EXCLUSIVE = 0.8  # R above which a latent counts as exclusive to a source (DFC paper, arXiv 2602.11729)
+ONLY = 0.9  # the normalised difference above which it does (Minder, Dumas et al. 2025, arXiv 2504.02922)
 NOTHING = np.empty(0, np.int64)  # of the training split of a store for evaluation alone
 DENSE = 0.1  # share of rows above which a latent counts as dense
 BINS = 20  # of the histogram of R
@@ -30,10 +32,22 @@ FORMULAS = {
     "fve": "1 - sum |x - y|^2 / sum |x - mean|^2 over the held-out rows, mean being theirs",
     "mse": "mean |x - y|^2 over the held-out rows, in the model's own units",
     "cosine": "mean cosine of x and y over the held-out rows, both less the mean that the dictionary subtracts",
+    "l2_ratio": "mean |y| / |x| over the held-out rows, both less the mean that the dictionary subtracts",
+    "gamma": "sum |y|^2 / sum x . y over the held-out rows, both less that mean: 1 is unbiased, less is shrunk "
+    "(Rajamanoharan et al. 2024, arXiv 2404.16014)",
     "l0": "mean number of positive codes per held-out row",
     "dead": "share of latents that fire on none of the measured rows, held-out and training",
     "dense": f"share of latents that fire on more than {DENSE:.0%} of the held-out rows",
     "exclusive": f"latents that fire and whose share R of the decoder norms is above {EXCLUSIVE} at the source",
+    "only": "latents that fire and whose normalised difference of decoder norms, ((n - rest) / max(n, rest) + 1) / 2 "
+    f"with rest the sum over the other sources, is above {ONLY} at the source",
+    "spans.*.fve": "of each source: its FVE less that without what the span writes",
+    "spans.*.integrity": "largest change of the span's pre-activations, and of what it alone writes, when the sources "
+    "that it does not read are those of other rows: 0",
+    "spans.*.coupling": "sum |f - f'| / sum f of the span's codes f, and f' when those sources are of other rows",
+    "spans.*.shadow": "median over the span's latents of the largest correlation with a latent that reads a source "
+    "which the span does not: near 1 where they are not exclusive in truth",
+    "spans.*.shadowed": f"latents of the span for which that correlation is above {SHADOWED}",
 }
 
 
@@ -41,21 +55,40 @@ class Sums:
     """What is added up per source: rows, error, and the first two moments of the target."""
 
     def __init__(self, width: int) -> None:
-        self.error = self.square = self.cosine = 0.0
+        self.error = self.square = self.cosine = self.ratio = self.made = self.both = 0.0
         self.sum_D = torch.zeros(width, dtype=torch.float64)
+        self.without: dict[str, float] = {}  # the error where a span writes nothing
 
-    def add(self, x_BD: Tensor, y_BD: Tensor) -> None:
-        """Rows and reconstructions in centred space (any fixed centre), float32."""
+    def add(self, x_BD: Tensor, y_BD: Tensor, written: Mapping[str, Tensor]) -> None:
+        """Rows and reconstructions in centred space (any fixed centre), and what each span writes of these, float32."""
         x_BD, y_BD = x_BD.double(), y_BD.double()
+        for span, part_BD in written.items():
+            left = float((x_BD - y_BD + part_BD).square().sum())
+            self.without[span] = self.without.get(span, 0.0) + left
+        length_B = torch.linalg.vector_norm(x_BD, dim=1)
+        ratio_B = torch.linalg.vector_norm(y_BD, dim=1) / length_B
+        self.ratio += float(torch.where(length_B > 0, ratio_B, 0.0).sum())
+        self.made += float(y_BD.square().sum())
+        self.both += float((x_BD * y_BD).sum())
         self.error += float((x_BD - y_BD).square().sum())
         self.square += float(x_BD.square().sum())
         self.sum_D += x_BD.sum(0).cpu()
         self.cosine += float(torch.cosine_similarity(x_BD, y_BD, dim=1).sum())
 
     def result(self, rows: int, factor: float) -> dict[str, float | None]:
-        spread = self.square - float(self.sum_D.square().sum()) / rows
+        spread = self._spread(rows)
         fve = 1 - self.error / spread if spread > 0 else None  # all rows alike
-        return {"fve": fve, "mse": self.error / rows / factor**2, "cosine": self.cosine / rows}
+        gamma = self.made / self.both if self.both else None
+        shape = {"cosine": self.cosine / rows, "l2_ratio": self.ratio / rows, "gamma": gamma}
+        return {"fve": fve, "mse": self.error / rows / factor**2, **shape}
+
+    def _spread(self, rows: int) -> float:
+        return self.square - float(self.sum_D.square().sum()) / rows
+
+    def gained(self, span: str, rows: int) -> float | None:
+        """What a span adds to the FVE."""
+        spread = self._spread(rows)
+        return (self.without[span] - self.error) / spread if spread > 0 else None
 
 
 class Measure:
@@ -66,6 +99,9 @@ class Measure:
         self.rows = 0
         self.sums = {source: Sums(dictionary.wiring.widths[source]) for source in dictionary.wiring.writers}
         self.fires_L = torch.zeros(dictionary.latents, dtype=torch.int64)
+        self.exclusivity = Exclusivity(dictionary)
+        numbers = [torch.full((span.size,), n) for n, span in enumerate(dictionary.wiring.spans)]
+        self._span_L = torch.cat(numbers).to(dictionary.activation.bias_L.device)
 
     @torch.no_grad()
     def add(self, x: Mapping[str, Tensor]) -> None:
@@ -73,8 +109,12 @@ class Measure:
         out = self.dictionary(x)
         self.rows += len(next(iter(x.values())))
         self.fires_L += out.code.fires_L().cpu()
+        spans = list(self.dictionary.wiring.slices)
         for source, sums in self.sums.items():
-            sums.add(out.target[source], out.y[source])
+            ports = self.dictionary.writes[source]
+            parts = out.code.write_groups(self.dictionary.decoder[source], ports, self._span_L, len(spans)).unbind(1)
+            sums.add(out.target[source], out.y[source], dict(zip(spans, parts, strict=True)))
+        self.exclusivity.add(x)
 
     def result(self, also_fires_L: Tensor | None = None) -> dict[str, Any]:
         """The figures; `also_fires_L` are firings on other rows, which count against being dead."""
@@ -95,22 +135,32 @@ class Measure:
 
     def _sources(self, share_WL: Tensor, alive_L: Tensor, density_L: Tensor) -> dict[str, dict[str, float | None]]:
         figures: dict[str, dict[str, float | None]] = {}
+        difference_WL = normalised_difference(share_WL)
         for index, (source, sums) in enumerate(self.sums.items()):
-            exclusive = int(((share_WL[index] > EXCLUSIVE) & alive_L).sum()) if len(share_WL) > 1 else None
+            several = len(share_WL) > 1
+            exclusive = int(((share_WL[index] > EXCLUSIVE) & alive_L).sum()) if several else None
+            only = int(((difference_WL[index] > ONLY) & alive_L).sum()) if several else None
             figures[source] = {
                 **sums.result(self.rows, float(self.dictionary.scale.factor(source))),
                 "l0": float((density_L * self.dictionary.writes[source].present_L.cpu()).sum()),
                 "exclusive": exclusive,
+                "only": only,
             }
         return figures
 
-    def _spans(self, alive_L: Tensor, density_L: Tensor) -> dict[str, dict[str, float]]:
+    def _spans(self, alive_L: Tensor, density_L: Tensor) -> dict[str, dict[str, Any]]:
+        wiring, exclusive = self.dictionary.wiring, self.exclusivity.result()
+        writers = {span.name: span.writers for span in wiring.spans}
         return {
             name: {
                 "latents": one.stop - one.start,
                 "alive": int(alive_L[one].sum()),
                 "l0": float(density_L[one].sum()),
                 "dead": float((~alive_L[one]).double().mean()),
+                "dense": float((density_L[one] > DENSE).double().mean()),
+                "fve": {source: self.sums[source].gained(name, self.rows) for source in writers[name]},
+                "density": _log_histogram(density_L[one]),
+                **exclusive.get(name, {}),
             }
             for name, one in self.dictionary.wiring.slices.items()
         }
@@ -135,6 +185,15 @@ def _log_histogram(density_L: Tensor) -> dict[str, Any]:
         "counts": np.histogram(fired, edges)[0].tolist(),
         "never": int((density_L == 0).sum()),
     }
+
+
+def normalised_difference(share_WL: Tensor) -> Tensor:
+    """((n - rest) / max(n, rest) + 1) / 2 of every source and latent, from the shares in the sum of norms, [W, L].
+
+    1 where the source alone is written to, 1/2 where as much as all others together, 0 where it is not.
+    """
+    rest_WL = 1 - share_WL
+    return ((share_WL - rest_WL) / torch.maximum(share_WL, rest_WL) + 1) / 2
 
 
 @contextmanager

@@ -69,15 +69,16 @@ def _origin(origin: Mapping[str, Any]) -> str:
 
 def tables(figures: Mapping[str, Any]) -> list[list[list[str]]]:
     """The figures as a person reads them: per source, per span, and of the whole. First rows are headings."""
-    source = [["source", "FVE", "MSE", "cosine", "L0", "exclusive latents"]]
+    source = [["source", "FVE", "MSE", "cosine", "L2 ratio", "gamma", "L0", "exclusive", "only"]]
     for name, one in figures["sources"].items():
-        exclusive = "-" if one["exclusive"] is None else f"{one['exclusive']:,}"
-        source.append(
-            [name, _short(one["fve"], ".4f"), _short(one["mse"]), f"{one['cosine']:.4f}", f"{one['l0']:.2f}", exclusive]
-        )
-    span = [["span", "latents", "alive", "dead", "L0"]]
+        shape = [f"{one['cosine']:.4f}", f"{one['l2_ratio']:.4f}", _short(one["gamma"], ".4f"), f"{one['l0']:.2f}"]
+        counts = [_short(one[key], ",") for key in ("exclusive", "only")]
+        source.append([name, _short(one["fve"], ".4f"), _short(one["mse"]), *shape, *counts])
+    span = [["span", "latents", "alive", "dead", "dense", "L0", *(f"FVE {name}" for name in figures["sources"])]]
     for name, one in figures["spans"].items():
-        span.append([name, f"{one['latents']:,}", f"{one['alive']:,}", f"{one['dead']:.2%}", f"{one['l0']:.2f}"])
+        shares = [f"{one['alive']:,}", f"{one['dead']:.2%}", f"{one['dense']:.2%}", f"{one['l0']:.2f}"]
+        gained = [_short(one["fve"].get(source), ".4f") for source in figures["sources"]]
+        span.append([name, f"{one['latents']:,}", *shares, *gained])
     whole = [
         ["dictionary", "latents", "L0", "dead", "dense", "held-out rows", "training rows"],
         [
@@ -90,7 +91,17 @@ def tables(figures: Mapping[str, Any]) -> list[list[list[str]]]:
             f"{figures['training_rows']:,}",
         ],
     ]
-    return [source, span, whole]
+    return [source, span, *_exclusive(figures), whole]
+
+
+def _exclusive(figures: Mapping[str, Any]) -> list[list[list[str]]]:
+    """Of the spans that do not read every source, where there are any."""
+    rows = [
+        [name, f"{one['integrity']:.3g}", _short(one["coupling"], ".4f"), _short(one["shadow"], ".4f"),
+         f"{one['shadowed']:,}"]
+        for name, one in figures["spans"].items() if "integrity" in one
+    ]  # fmt: skip
+    return [[["exclusive span", "integrity", "coupling", "shadow", "shadowed"], *rows]] if rows else []
 
 
 def _short(value: float | None, form: str = "") -> str:

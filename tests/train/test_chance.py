@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train import chance
-from train.chance import SHARE, drawn, keyed, permutation, permuted, splitmix64, weighted
+from train.chance import SHARE, drawn, keyed, normal, permutation, permuted, splitmix64, weighted
 
 
 def test_splitmix64_gives_the_numbers_of_its_reference() -> None:
@@ -79,3 +79,12 @@ def test_a_number_is_drawn_once_unless_more_are_asked_for_than_there_are() -> No
     assert sorted(weighted(1, np.zeros(3), 3)) == [0, 1, 2]
     assert len(weighted(1, weight_N, 0)) == 0
     assert weighted(5, np.ones(1000), 9).tolist() == weighted(5, np.ones(1000), 9).tolist()
+
+
+def test_normal_numbers_have_the_moments_of_the_normal_distribution_and_no_memory() -> None:
+    drawn = normal(3, np.arange(200_000))
+    moments = [float((drawn**power).mean()) for power in (1, 2, 3, 4)]
+    assert moments == pytest.approx([0, 1, 0, 3], abs=0.06)
+    assert abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 0.01
+    assert np.array_equal(normal(3, np.arange(500, 600)), drawn[500:600])
+    assert abs(np.corrcoef(normal(4, np.arange(200_000)), drawn)[0, 1]) < 0.01

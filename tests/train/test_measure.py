@@ -14,9 +14,10 @@ from shared.errors import StoreError
 from shared.store import Store
 from tests import cases
 from tests.build import make_store
+from tests.contracts.test_purity import tensors
 from train.dictionary import Dictionary, create
 from train.filter import RowsConfig, kept_rows
-from train.measure import Measure, evaluating, measure
+from train.measure import Measure, evaluating, measure, normalised_difference
 from train.scale import Scale
 from train.wiring import Wiring, build
 
@@ -72,12 +73,10 @@ def test_figures_do_not_depend_on_the_batches(name: str) -> None:
     whole = measured(made, x).result()
     for batch in (1, 7, 50):
         parts = measured(made, x, batch).result()
-        for key in ("l0", "dead", "dense", "rows", "spans", "density", "r"):
-            assert (
-                parts[key] == pytest.approx(whole[key]) if isinstance(whole[key], float) else parts[key] == whole[key]
-            )
-        for source in WIDTHS:
-            assert parts["sources"][source] == pytest.approx(whole["sources"][source], rel=1e-6)
+        found, expected = tensors(parts), tensors(whole)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key] == (pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value), key
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -101,6 +100,9 @@ def test_figures_equal_numpy_in_fp64(centred: bool) -> None:
         cosine = (left * right).sum(1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
         assert found["cosine"] == pytest.approx(cosine.mean(), rel=1e-5)
         assert found["l0"] == pytest.approx((f_NL[:, wrote_L] > 0).sum(1).mean())
+        ratio = np.linalg.norm(right, axis=1) / np.linalg.norm(left, axis=1)
+        assert found["l2_ratio"] == pytest.approx(ratio.mean(), rel=1e-5)
+        assert found["gamma"] == pytest.approx((right**2).sum() / (left * right).sum(), rel=1e-4)
     fires_L = (f_NL > 0).mean(0)
     assert figures["l0"] == pytest.approx((f_NL > 0).sum(1).mean())
     assert figures["dead"] == pytest.approx((fires_L == 0).mean())
@@ -110,8 +112,19 @@ def test_figures_equal_numpy_in_fp64(centred: bool) -> None:
     assert figures["density"]["counts"] == counts.tolist() and sum(counts) == (fires_L > 0).sum()
     for name, one in (("only_a", slice(0, 4)), ("shared", slice(4, 16)), ("only_b", slice(16, 20))):
         alive = int((fires_L[one] > 0).sum())
-        expected = {"latents": one.stop - one.start, "alive": alive, "l0": fires_L[one].sum()}
-        assert figures["spans"][name] == pytest.approx({**expected, "dead": 1 - alive / (one.stop - one.start)})
+        expected = {"latents": one.stop - one.start, "alive": alive, "l0": fires_L[one].sum(),
+                    "dense": (fires_L[one] > 0.1).mean(), "dead": 1 - alive / (one.stop - one.start)}  # fmt: skip
+        assert {key: figures["spans"][name][key] for key in expected} == pytest.approx(expected)
+        silent_NL = f_NL.copy()
+        silent_NL[:, one] = 0
+        for source, gained in figures["spans"][name]["fve"].items():
+            x_ND = x[source].numpy().astype(np.float64)
+            left = made.decode(torch.from_numpy(silent_NL).float())[source].detach().numpy()
+            fve = 1 - ((x_ND - left) ** 2).sum() / ((x_ND - x_ND.mean(0)) ** 2).sum()
+            assert gained == pytest.approx(figures["sources"][source]["fve"] - fve, rel=1e-3, abs=1e-5)
+    assert {name: list(one["fve"]) for name, one in figures["spans"].items()} == {
+        "only_a": ["a"], "shared": ["a", "b"], "only_b": ["b"],
+    }  # fmt: skip
 
 
 def hand_made() -> Dictionary:
@@ -139,6 +152,7 @@ def test_exclusive_dense_and_dead_latents_of_a_hand_made_dictionary() -> None:
     assert figures["dense"] == pytest.approx(2 / 5)
     assert figures["sources"]["a"]["exclusive"] == 2  # R = 1 and 0.9, and not 0.8
     assert figures["sources"]["b"]["exclusive"] == 0  # latent 4 has R = 0.9 and never fires
+    assert figures["sources"]["a"]["only"] == 2  # the difference is 1 of (1, 0), 17/18 of (9, 1), 7/8 of (8, 2)
     assert figures["density"]["never"] == 1
     r = figures["r"]
     assert len(r["edges"]) == 21
@@ -240,3 +254,13 @@ def test_a_store_without_the_source_or_with_another_width_is_refused_by_name(sto
         measure(random(build("autoencoder", {"z": 6}, 20)), store, quiet=True)
     with pytest.raises(StoreError, match="another width of rows than the dictionary's: b has 4, the dictionary 5"):
         measure(random(build("crosscoder", {"a": 6, "b": 5}, 20)), store, quiet=True)
+
+
+def test_the_normalised_difference_of_two_sources_is_that_of_minder_and_dumas() -> None:
+    norms = torch.tensor([[1.0, 0.0, 2.0, 9.0, 1.0], [0.0, 3.0, 2.0, 1.0, 4.0]])
+    found = normalised_difference(norms / norms.sum(0))
+    right = ((norms - norms.flip(0)) / norms.max(0).values + 1) / 2
+    torch.testing.assert_close(found, right)
+    assert normalised_difference(torch.tensor([[0.5], [0.25], [0.25]]))[:, 0].tolist() == pytest.approx(
+        [0.5, 1 / 6, 1 / 6]
+    )

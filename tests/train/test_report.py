@@ -79,13 +79,18 @@ def test_a_page_shows_the_figures_of_measure(folders: dict[str, Path], name: str
     found, cells = figures(folders[name]), Cells(page(folders[name])).found
     for source, one in found["sources"].items():
         at = [i for i, cell in enumerate(cells) if cell == source][-1]
-        exclusive = "-" if one["exclusive"] is None else str(one["exclusive"])
-        row = [f"{one['fve']:.4f}", f"{one['mse']:.4g}", f"{one['cosine']:.4f}", f"{one['l0']:.2f}", exclusive]
-        assert cells[at + 1 : at + 6] == row
+        counts = ["-" if one[key] is None else str(one[key]) for key in ("exclusive", "only")]
+        shape = [f"{one[key]:.4f}" for key in ("cosine", "l2_ratio", "gamma")]
+        row = [f"{one['fve']:.4f}", f"{one['mse']:.4g}", *shape, f"{one['l0']:.2f}", *counts]
+        assert cells[at + 1 : at + 9] == row
     for span, one in found["spans"].items():
         at = cells.index(span)
-        row = [f"{one['latents']:,}", f"{one['alive']:,}", f"{one['dead']:.2%}", f"{one['l0']:.2f}"]
-        assert cells[at + 1 : at + 5] == row
+        shares = [f"{one['alive']:,}", f"{one['dead']:.2%}", f"{one['dense']:.2%}", f"{one['l0']:.2f}"]
+        gained = [f"{one['fve'][source]:.4f}" if source in one["fve"] else "-" for source in found["sources"]]
+        assert cells[at + 1 : at + 6 + len(gained)] == [f"{one['latents']:,}", *shares, *gained]
+        if "integrity" in one:
+            at = len(cells) - 1 - cells[::-1].index(span)
+            assert cells[at + 1] == "0" and cells[at + 4] == str(one["shadowed"])
     assert f"{found['dead']:.2%}" in cells and f"{found['dense']:.2%}" in cells
     assert f"Rows: {found['rows']:,} held out, {found['training_rows']:,} of training" in page(folders[name])
 
