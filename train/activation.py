@@ -45,6 +45,9 @@ class Gated(Activation):
         size_BL = relu(self.rescale_L.exp() * (h_BL - self.bias_L) + self.magnitude_L)
         return DenseCode((h_BL > 0) * size_BL, relu(h_BL))
 
+    def _shift(self, by_L: Tensor) -> None:
+        self.magnitude_L.sub_(self.rescale_L.exp() * by_L)
+
 
 class Budgets(nn.Module):
     """Which latents compete with each other, and for how many of a row: each span that has a k of its own by itself,

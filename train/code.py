@@ -220,6 +220,14 @@ class Activation(nn.Module, ABC):
     def observe(self, code: Code, norm_L: Tensor) -> None:
         """Called once per training step, with no graph: the only place where running statistics change."""
 
+    def shift(self, by_L: Tensor) -> None:
+        """Give the same codes where the inner products of rows and encoders are larger by so much. No graph."""
+        self.bias_L.sub_(by_L)
+        self._shift(by_L)
+
+    def _shift(self, by_L: Tensor) -> None:
+        """What an activation that looks behind the bias has to do beside it."""
+
     def schedule(self, step: int) -> None:
         """Called before each training step, for values that depend on the step alone."""
 

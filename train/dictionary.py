@@ -3,6 +3,7 @@
 Letters: B rows of a batch, D width of a source, L latents, S latents of one source.
 """
 
+import copy
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -74,8 +75,10 @@ class Dictionary(nn.Module):
         self.bias = Weights({n: torch.zeros(wiring.widths[n]) for n in wiring.writers})
         weight_L = torch.cat([torch.full((span.size,), span.weight) for span in wiring.spans])
         self.register_buffer("weight_L", weight_L, persistent=False)
+        self.register_buffer("folded_WL", None)  # decoder norms in scaled space, of weights that are not
 
     weight_L: Tensor
+    folded_WL: Tensor | None
 
     @torch.no_grad()
     def initialise(self, seed: int, decoder_norm: float, tied: bool = True) -> "Dictionary":
@@ -114,8 +117,7 @@ class Dictionary(nn.Module):
             self.bias[name].copy_(point_D)
             if name in self.encoder:
                 ports = self.reads[name]
-                seen_S = self.encoder[name] @ self.bias[name]
-                self.activation.bias_L.sub_(seen_S[ports.local_L] * ports.present_L)
+                self.activation.shift((self.encoder[name] @ self.bias[name])[ports.local_L] * ports.present_L)
 
     def _tied(self) -> list[Span]:
         """Spans whose latents write one vector to several sources."""
@@ -210,6 +212,8 @@ class Dictionary(nn.Module):
 
     def decoder_norms(self) -> Tensor:
         """|d| of every latent in every source, in scaled space: [writers, L]; 0 where it does not write."""
+        if self.folded_WL is not None:
+            return self.folded_WL
         rows = []
         for name, ports in self.writes.items():
             norm_S = torch.linalg.vector_norm(self.decoder[name], dim=1)
@@ -263,6 +267,31 @@ class Dictionary(nn.Module):
             if W_SD.grad is not None:
                 W_SD.grad -= self.writes[name].own(share_L)[:, None] * W_SD
 
+    @torch.no_grad()
+    def fold(self) -> "Dictionary":
+        """The same dictionary with its scale in the weights: raw rows times encoders give pre-activations, codes times
+        decoders give raw rows. Codes and reconstructions at evaluation are those of before, to rounding.
+
+            W_enc <- factor W_enc    b <- b - sum over readers of factor W_enc . mean
+            W_dec <- W_dec / factor  bias <- bias / factor + mean
+
+        The decoder norms by which latents were ranked and compared (R) are kept as they were, in scaled space, since
+        those of the new vectors are in each model's own units. It is in evaluation mode, its weights without gradient.
+        """
+        made = copy.deepcopy(self).eval().requires_grad_(False)
+        made.folded_WL = self.decoder_norms().detach().clone()
+        for name, W_SD in made.encoder.items():
+            ports, factor, mean_D = made.reads[name], self.scale.factor(name), self.scale.mean(name)
+            W_SD.copy_(W_SD.double() * factor)
+            seen_S = W_SD.double() @ mean_D.double()
+            made.activation.shift((seen_S[ports.local_L] * ports.present_L).to(W_SD.dtype))
+        for name, W_SD in made.decoder.items():
+            factor, mean_D = self.scale.factor(name), self.scale.mean(name)
+            W_SD.copy_(W_SD.double() / factor)
+            made.bias[name].copy_(made.bias[name].double() / factor + mean_D)
+        made.scale = Scale(self.wiring.widths).to(made.activation.bias_L)
+        return made
+
     # --- files --------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
@@ -283,6 +312,7 @@ class Dictionary(nn.Module):
             "method": self.method.model_dump(mode="json"),
             "norm": self.norm,
             "alpha": self.alpha,
+            "folded": self.folded_WL is not None,
         }
 
     @classmethod
@@ -307,6 +337,8 @@ class Dictionary(nn.Module):
             wiring = Wiring(tuple(Span(**span) for span in spans), saved["sources"])
             scale, norm = Scale(saved["sources"]), (saved["norm"], 1, saved["alpha"])
             made = create(wiring, methods.parse(saved["method"]), scale, *norm)[0]
+            if saved["folded"]:
+                made.folded_WL = made.decoder_norms().detach()
             made.load_state_dict(weights)
         except (KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from shared.errors import CheckpointError, ConfigError, RowsError
 from tests import cases
 from tests.cases import CASES
-from tests.train.dense import Dense, kept
+from tests.train.dense import Dense, full, kept, places
 from train.dictionary import Dictionary, create, default_decoder_norm, relative_norms
 from train.scale import Scale
 from train.wiring import build
@@ -351,3 +351,52 @@ def test_rows_may_be_arrays() -> None:
 
 def test_a_dictionary_tells_what_it_is() -> None:
     assert "topk; 48 latents: only_a 10, shared 28, only_b 10" in repr(dictionary("dedicated", "topk"))
+
+
+def far_away(case: str, name: str, norm: str) -> tuple[Dictionary, dict[str, Tensor]]:
+    """A trained dictionary over rows of a large mean and other units, in fp64."""
+    keys = {"wiring": {"kind": CASES[case][0], "latents": cases.LATENTS, "norm": norm}}
+    trainer = cases.trainer(case, name, **keys)
+    generator = torch.Generator().manual_seed(5)
+    raw = {}
+    for number, (source, width) in enumerate(trainer.dictionary.wiring.widths.items()):
+        trainer.dictionary.scale.mean(source).copy_(9 * torch.randn(width, generator=generator))
+        trainer.dictionary.scale.factor(source).fill_([0.125, 3.0, 0.7][number])
+    for step in range(8):
+        x = cases.random_rows(case, 64, seed=step)
+        raw = {source: trainer.dictionary.scale.raw(source, x_BD) for source, x_BD in x.items()}
+        trainer.update(raw)
+    made = trainer.dictionary.double().eval()
+    return made, {source: x_BD.double() for source, x_BD in raw.items()}
+
+
+@pytest.mark.parametrize("norm", ["sum", "joint"])
+@pytest.mark.parametrize("name", cases.names())
+@every_case
+def test_a_folded_dictionary_has_no_scale_and_the_same_codes_and_rows(case: str, name: str, norm: str) -> None:
+    made, x = far_away(case, name, norm)
+    folded = made.fold()
+    f_BL, out = made.encode(x), made(x)
+    assert (f_BL > 0).any()
+    torch.testing.assert_close(folded.encode(x), f_BL, rtol=1e-9, atol=1e-9)
+    for source, y_BD in made.decode(f_BL).items():
+        torch.testing.assert_close(folded.decode(f_BL)[source], y_BD, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(folded(x).y[source], made.scale.raw(source, out.y[source]), rtol=1e-9, atol=1e-9)
+        assert torch.equal(folded.scale.raw(source, y_BD), y_BD)
+    h_BL = folded.activation.bias_L + sum(
+        x[source] @ full(W_SD, places(folded.wiring, source, "readers")).T for source, W_SD in folded.encoder.items()
+    )
+    torch.testing.assert_close(made.pre(x).h_BL, h_BL, rtol=1e-8, atol=1e-8)  # raw rows times encoders
+    assert torch.equal(folded.decoder_norms(), made.decoder_norms()) and torch.equal(folded.norms(), made.norms())
+
+
+@pytest.mark.parametrize("name", cases.names())
+def test_a_folded_dictionary_is_saved_loaded_and_folded_again(name: str, tmp_path: Path) -> None:
+    folded = far_away("dedicated", name, "sum")[0].float().fold()
+    folded.save(tmp_path / "folded")
+    again = Dictionary.load(tmp_path / "folded")
+    for key, value in folded.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    x = cases.random_rows("dedicated", 20)
+    assert torch.equal(again.encode(x), folded.encode(x)) and torch.equal(again.fold().encode(x), folded.encode(x))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
