@@ -98,6 +98,7 @@ MODULES: dict[str, dict[str, str]] = {
         "config": "what a run is told",
         "trainer": "one update of one dictionary, in its order of operations",
         "checkpoint": "the state of a run on disk, whole or absent",
+        "compare": "how alike the latents of two dictionaries are",
         "exclusivity": "what is exclusive about spans that do not read every source",
         "measure": "the figures, with their formulas, over all rows at once",
         "resample": "dead latents begin again from rows that are reconstructed badly",
@@ -112,7 +113,7 @@ MODULES: dict[str, dict[str, str]] = {
         "fit": "runs from store to report, from their beginning or their last checkpoint",
         "batches": "rows of a store for loops of one's own: as training reads them, in file order, or in groups",
         "outlook": "what runs would read and take, told before they begin",
-        "cli": "train run | plan | resume | measure | methods | show",
+        "cli": "train run | plan | resume | measure | compare | methods | show",
     },
 }
 
@@ -123,6 +124,7 @@ EVERYWHERE = ("*",)
 HOMES: dict[str, tuple[str, ...]] = {
     "torch": EVERYWHERE,
     "numpy": EVERYWHERE,
+    "scipy": ("train/compare.py",),
     "zarr": ("shared/store.py",),
     "numcodecs": ("shared/codec.py",),
     "google_crc32c": ("shared/layout.py", "shared/remote.py"),  # there as bytes arrive

@@ -1,4 +1,4 @@
-"""train run | plan | resume | measure | methods | show."""
+"""train run | plan | resume | measure | compare | methods | show."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ from shared import files, remote
 from shared.errors import CheckpointError, ConfigError, StoreError, TrainingError, one_line
 from shared.mixture import open_mixture
 from shared.view import View
+from train import compare as comparing
 from train import measure as measuring
 from train import method as method_files
 from train import parallel, report, trackers
@@ -245,6 +246,26 @@ def measure(
         kept = kept.model_copy(update={"weights": None})  # which are shares of several
     figures = measuring.measure(dictionary, store, most, kept, as_json)
     print(json.dumps(figures) if as_json else report.text(figures))
+
+
+@app.command()
+def compare(
+    first: RunFolder,
+    second: Annotated[str, typer.Argument(help="Another run, or its dictionary/.")],
+    as_json: Json = False,
+) -> None:
+    """How alike the decoder vectors of two dictionaries are, such as of two seeds: for each latent of the first its
+    largest cosine with any of the second, per source.
+
+    Example: train compare runs/sweep/0-seed=0 runs/sweep/1-seed=1
+    """
+    figures = comparing.compare(*(Dictionary.load(_run_folder(one)) for one in (first, second)))
+    if as_json:
+        print(json.dumps(figures))
+        return
+    heads = ["source", "latents", *comparing.FORMULAS]
+    rows = [[name, f"{one['latents']:,}", *(f"{one[key]:.4f}" for key in heads[2:])] for name, one in figures.items()]
+    print(report.aligned([heads, *rows]))
 
 
 @app.command()

@@ -234,6 +234,17 @@ def test_methods_lists_every_method_with_its_keys(say: Say) -> None:
     assert listed["topk"]["k"] == 32 and "k=32" in said.out
 
 
+def test_compare_tells_how_alike_two_dictionaries_are(say: Say, run: Path) -> None:
+    said = say("compare", run, run / "dictionary")
+    assert said.code == 0 and said.out.splitlines()[0].split() == [
+        "source", "latents", "mean", "median", "above_0.7", "above_0.9",
+    ]  # fmt: skip
+    assert said.out.splitlines()[1].split() == ["a", "30", "1.0000", "1.0000", "1.0000", "1.0000"]
+    assert json.loads(say("compare", run, run, "--json").out)["b"]["mean"] == pytest.approx(1)
+    missing = say("compare", run, run / "nothing")
+    assert missing.code == 1 and missing.err.startswith("error: no dictionary here: ")
+
+
 def test_show_says_what_a_dictionary_is(say: Say, run: Path) -> None:
     said, described = say("show", run), json.loads(say("show", run / "dictionary", "--json").out)
     assert said.code == 0
