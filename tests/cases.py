@@ -101,11 +101,12 @@ class Planted:
 
     directions: dict[str, Tensor]  # [G, D], of length 1 or 0
     noise: float = 0.01
+    frequency: float = 0.1  # share of rows on which a feature is active
 
     def rows(self, count: int, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         features = len(next(iter(self.directions.values())))
-        on_BG = torch.rand(count, features, generator=generator) < 0.1
+        on_BG = torch.rand(count, features, generator=generator) < self.frequency
         code_BG = on_BG * (0.75 + 0.5 * torch.rand(count, features, generator=generator)) * 3
         return {
             name: code_BG @ d_GD + self.noise * torch.randn(count, d_GD.shape[1], generator=generator)
