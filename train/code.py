@@ -54,6 +54,10 @@ class Code(ABC):
         """f_BL."""
 
     @abstractmethod
+    def sparse(self) -> Tensor:
+        """f_BL as a sparse matrix, coalesced, without a graph."""
+
+    @abstractmethod
     def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
         """sum over latents of f x W: what the code writes to one source, [B, D]."""
 
@@ -88,6 +92,9 @@ class DenseCode(Code):
     def dense(self) -> Tensor:
         return self.f_BL
 
+    def sparse(self) -> Tensor:
+        return self.f_BL.detach().to_sparse().coalesce()
+
     def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
         return ports.own(self.f_BL, 1) @ W_SD
 
@@ -118,6 +125,11 @@ class SparseCode(Code):
     def dense(self) -> Tensor:
         f_BL = self.value_K.new_zeros(self.entries.rows, self.entries.latents)
         return f_BL.index_put((self.entries.row_K, self.entries.latent_K), self.value_K)
+
+    def sparse(self) -> Tensor:
+        places = torch.stack([self.entries.row_K, self.entries.latent_K])
+        size = (self.entries.rows, self.entries.latents)
+        return torch.sparse_coo_tensor(places, self.value_K.detach(), size, check_invariants=False).coalesce()
 
     def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
         latent_K = self.entries.latent_K

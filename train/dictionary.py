@@ -200,8 +200,11 @@ class Dictionary(nn.Module):
 
     def encode(self, x: Mapping[str, Tensor]) -> Tensor:
         """The codes f_BL of raw rows {reader: [B, D]}. Those of sparse methods have no gradient to the rows."""
-        code = self.activation(self.pre(x), self.norms())
-        return code.dense()
+        return self.code(x).dense()
+
+    def code(self, x: Mapping[str, Tensor]) -> Code:
+        """The codes of raw rows as the method makes them: those of sparse methods as kept entries."""
+        return self.activation(self.pre(x), self.norms())
 
     def decode(self, f_BL: Tensor) -> dict[str, Tensor]:
         """Raw rows {writer: [B, D]} of codes."""

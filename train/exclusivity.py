@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from train.chance import keyed, normal
+from train.code import Code
 from train.dictionary import Dictionary
 from train.wiring import Span
 
-ROWS = 16_384  # of the first batches, on which these are measured
+ROWS = 16_384  # the first ones, whose codes are correlated
+MOVED = 1024  # the first ones, of which sources are replaced by noise
 FEWEST = 10  # rows on which a latent must fire to have a shadow
 SHADOWED = 0.7  # of a correlation: half of the code's variance is that of another source's latent
-PIECE = 256  # rows at once, since their codes are held as B x L matrices
+PIECE = 256  # of these at once, since their codes are B x L matrices
 TOGETHER = 64  # latents of a span that are correlated at once
 
 
@@ -41,17 +43,22 @@ class Exclusivity:
         self._codes: list[Tensor] = []  # sparse, [B, L]
 
     @torch.no_grad()
-    def add(self, x: Mapping[str, Tensor]) -> None:
-        """Raw rows {source: [B, D]} of every reader; those behind ROWS are passed over."""
-        left = min(ROWS - self.rows, len(next(iter(x.values())))) if self.spans else 0
-        for start in range(0, left, PIECE):
-            self._add({name: rows_BD[start : min(start + PIECE, left)] for name, rows_BD in x.items()})
+    def add(self, x: Mapping[str, Tensor], code: Code) -> None:
+        """Raw rows {source: [B, D]} of every reader, and their codes; those behind ROWS are passed over."""
+        count = min(len(next(iter(x.values()))), ROWS - self.rows)
+        if not self.spans or not count:
+            return
+        codes_BL = code.sparse().cpu()
+        self._codes.append(codes_BL.index_select(0, torch.arange(count)))
+        moved = max(0, min(MOVED - self.rows, count))
+        for start in range(0, moved, PIECE):
+            self._move({name: rows_BD[start : min(start + PIECE, moved)] for name, rows_BD in x.items()}, start)
+        self.rows += count
 
-    def _add(self, x: Mapping[str, Tensor]) -> None:
-        noise = {name: self._noise(number, name, rows_BD) for number, (name, rows_BD) in enumerate(x.items())}
-        self.rows += len(next(iter(x.values())))
+    def _move(self, x: Mapping[str, Tensor], start: int) -> None:
+        """Put noise in place of the rows of the sources that each span does not read."""
         pre, f_BL = self.dictionary.pre(x), self.dictionary.encode(x)
-        self._codes.append(f_BL.cpu().to_sparse())
+        noise = {name: self._noise(number, name, x[name], start) for number, name in enumerate(x)}
         for span in self.spans:
             latents = self.dictionary.wiring.slices[span.name]
             loud = {name: rows_BD if name in span.readers else noise[name] for name, rows_BD in x.items()}
@@ -62,16 +69,15 @@ class Exclusivity:
             for n, part in enumerate(((f_BL - moved_BL)[:, latents].abs(), f_BL[:, latents])):
                 self._changed[span.name][n] += float(part.double().sum())
 
-    def _noise(self, number: int, name: str, x_BD: Tensor) -> Tensor:
+    def _noise(self, number: int, name: str, x_BD: Tensor, start: int) -> Tensor:
         """Random directions, each as long as its row less the mean. Those of a row depend on its number alone."""
         rows, width = x_BD.shape
-        drawn = normal(keyed(number), np.arange(self.rows * width, (self.rows + rows) * width))
+        first = (self.rows + start) * width
+        drawn = normal(keyed(number), np.arange(first, first + rows * width))
         noise_BD = torch.from_numpy(drawn).to(x_BD).view(rows, width)
-        less_BD = x_BD - self.dictionary.scale.mean(name)
-        length_B1 = torch.linalg.vector_norm(less_BD, dim=1, keepdim=True)
-        return self.dictionary.scale.mean(name) + noise_BD * (
-            length_B1 / torch.linalg.vector_norm(noise_BD, 2, 1, True)
-        )
+        mean_D = self.dictionary.scale.mean(name)
+        long_B, drawn_B = (torch.linalg.vector_norm(one_BD, dim=1) for one_BD in (x_BD - mean_D, noise_BD))
+        return mean_D + noise_BD * (long_B / drawn_B)[:, None]
 
     def _written(self, span: Span, h_BL: Tensor) -> list[Tensor]:
         """The pre-activations of a span, and what it would write with all of them that are positive."""

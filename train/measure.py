@@ -91,6 +91,20 @@ class Sums:
         return (self.without[span] - self.error) / spread if spread > 0 else None
 
 
+class Firings:
+    """On how many of the rows of all batches each latent fires."""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        self.dictionary, self.rows = dictionary, 0
+        self.fires_L = torch.zeros(dictionary.latents, dtype=torch.int64)
+
+    @torch.no_grad()
+    def add(self, x: Mapping[str, Tensor]) -> None:
+        """Raw rows {reader: [B, D]}."""
+        self.rows += len(next(iter(x.values())))
+        self.fires_L += self.dictionary.code(x).fires_L().cpu()
+
+
 class Measure:
     """Adds up batches of rows, and gives the figures of all of them together."""
 
@@ -114,7 +128,7 @@ class Measure:
             ports = self.dictionary.writes[source]
             parts = out.code.write_groups(self.dictionary.decoder[source], ports, self._span_L, len(spans)).unbind(1)
             sums.add(out.target[source], out.y[source], dict(zip(spans, parts, strict=True)))
-        self.exclusivity.add(x)
+        self.exclusivity.add(x, out.code)
 
     def result(self, also_fires_L: Tensor | None = None) -> dict[str, Any]:
         """The figures; `also_fires_L` are firings on other rows, which count against being dead."""
@@ -231,23 +245,21 @@ def measure_all(
                 value, way_out = f"{source} has {width}, the dictionary {own}", "Give the store it was trained on"
                 raise StoreError("another width of rows than the dictionary's", value, way_out)
     device = dictionaries[0].activation.bias_L.device
-    measured: list[list[Measure]] = []
+    held_out, training = [Measure(one) for one in dictionaries], [Firings(one) for one in dictionaries]
+    splits: list[tuple[np.ndarray, str, Sequence[Measure | Firings]]] = [
+        (require_held_out(store, rows), "measuring, held out", held_out),
+        (of_split(store, rows, "train"), "measuring, training", training),
+    ]
     with ExitStack() as stack:
         for one in dictionaries:
             stack.enter_context(evaluating(one))
-        for kept_N, what in (
-            (require_held_out(store, rows), "measuring, held out"),
-            (of_split(store, rows, "train"), "measuring, training"),
-        ):
+        for kept_N, what, measures in splits:
             sampled = Order(kept_N, store.chunk_rows, 1, seed=0).sample(most, seed=0) if kept_N.any() else NOTHING
-            measures = [Measure(one) for one in dictionaries]
             batches = read(store, names, sampled, BATCH)
             for x in bar(what, "batches", -(-len(sampled) // BATCH), batches, quiet):
                 there = {name: x_BD.to(device) for name, x_BD in x.items()}
                 for each in measures:
                     each.add(there)
-            measured.append(measures)
-    held_out, training = measured
     return [
         one.result(other.fires_L) | {"training_rows": other.rows} for one, other in zip(held_out, training, strict=True)
     ]

@@ -55,6 +55,7 @@ def test_both_kinds_of_code_answer_alike(seed: int) -> None:
     wanted = [float(one.min()) if len(one) else torch.inf for one in scores]
     for code in (dense, sparse):
         assert torch.equal(code.dense(), dense.f_BL)
+        assert torch.equal(code.sparse().to_dense(), dense.f_BL) and code.sparse().is_coalesced()
         assert code.fires_L().tolist() == (f_BL > 0).sum(0).tolist()
         assert code.l1(weight_L).item() == pytest.approx(float((f_BL @ weight_L.double()).mean()), rel=1e-5, abs=1e-7)
         assert code.smallest(weight_L, group_L, 3).tolist() == pytest.approx(wanted)

@@ -24,11 +24,15 @@ from train.wiring import with_k
 SHARES_A_BUDGET = ("topk",)  # at evaluation
 
 
+def add(to: Exclusivity, x: dict[str, Tensor]) -> None:
+    to.add(x, to.dictionary.code(x))
+
+
 def measured(dictionary: Dictionary, x: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     found = Exclusivity(dictionary)
     with evaluating(dictionary):
         for start in range(0, len(x["a"]), 64):
-            found.add({name: x_ND[start : start + 64] for name, x_ND in x.items()})
+            add(found, {name: x_ND[start : start + 64] for name, x_ND in x.items()})
     return found.result()
 
 
@@ -73,13 +77,15 @@ def test_where_every_span_reads_every_source_there_is_nothing_to_tell(case: str)
 
 def test_no_more_rows_are_read_than_asked_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exclusivity, "ROWS", 100)
+    monkeypatch.setattr(exclusivity, "MOVED", 70)
+    monkeypatch.setattr(exclusivity, "PIECE", 30)
     dictionary, x = cases.trainer("dedicated", "topk").dictionary, cases.random_rows("dedicated", 300)
     found = Exclusivity(dictionary)
     with evaluating(dictionary):
         for start in range(0, 300, 64):
-            found.add({name: x_ND[start : start + 64] for name, x_ND in x.items()})
+            add(found, {name: x_ND[start : start + 64] for name, x_ND in x.items()})
         whole = Exclusivity(dictionary)
-        whole.add(x)
+        add(whole, x)
     assert found.rows == whole.rows == 100
     for name, one in found.result().items():
         for key, value in whole.result()[name].items():
