@@ -102,7 +102,7 @@ def test_three_models_of_three_tokenizers_become_a_dictionary_with_a_span_for_ea
         "only_a": (16, ("a",), ("a",)), "shared": (168, everyone, everyone), "only_b": (24, ("b",), ("b",)),
         "only_c": (32, ("c",), ("c",)),
     }  # fmt: skip
-    x = store.read(0, 200)
+    x = store.read(0, store.rows)
     f_BL = dictionary.encode(x)
     for source in everyone:
         own = dictionary.wiring.slices[f"only_{source}"]

@@ -99,7 +99,8 @@ def test_more_sources_share_the_plan_and_hold_what_a_harvest_of_all_holds(
     whole = {"shard_bytes": 10**6}
     together = harvest(config(home, tmp_path / "x.zarr", rows={"count": 150}, models=asked, store=whole))
     for name in ("late", "mlp"):
-        assert np.allclose(stored(wide, name), stored(together, name), atol=1e-3)
+        # Other shards have other batches, and so other roundings: by a step of fp16, 2^-10 of a value.
+        assert np.allclose(stored(wide, name), stored(together, name), rtol=2**-9, atol=1e-3)
     for table in ("rows/llama/token", "batches/gemma/segment", "tokens/gemma/end", "documents/split"):
         assert np.array_equal(wide.column(table), small.column(table))
     assert wide.header.plan["tokens"] == small.header.plan["tokens"]

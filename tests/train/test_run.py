@@ -27,7 +27,8 @@ def store(tmp_path: Path) -> Store:
 def begun(folder: Path, store: Store, **log: int) -> Training:
     folder.mkdir(exist_ok=True)
     made = cases.trainer("dedicated", "batch_topk", steps=12, log=log)
-    return Training(folder, made.config, made, store, Log(folder / report.METRICS, quiet=True))
+    [run] = cases.ready(store, {})
+    return Training(folder, made.config, made, store, run.order, Log(folder / report.METRICS, quiet=True))
 
 
 def stepped(training: Training, steps: int) -> list[bool]:
