@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shared.view import View
-from train import reader
+from train import parallel, reader
 from train.chance import BEGIN, keyed, weighted
 from train.code import Ports
 from train.dictionary import Weights
@@ -41,18 +41,27 @@ def resample(trainer: Trainer, store: View, order: Order) -> dict[str, int]:
     asked, dictionary = trainer.config.resample, trainer.dictionary
     dead_L = trainer.idle_L >= (asked.idle_rows or trainer.config.dead_rows)
     dead = {span.name: _places(dead_L, dictionary.wiring.slices[span.name]) for span in dictionary.wiring.spans}
+    counts = {name: len(latents) for name, latents in dead.items()}
     if dead_L.any():
-        rows = order.sample(asked.rows, seed=trainer.step)
-        losses = row_losses(trainer, store, rows)
-        for number, span in enumerate(dictionary.wiring.spans):
-            if count := len(dead[span.name]):
-                loss_N = torch.stack([losses[source] for source in span.writers]).sum(0).numpy()
-                key = keyed(trainer.config.seed, BEGIN, trainer.step, number)
-                chosen = weighted(key, np.square(loss_N / max(loss_N.max(), TINY)), count)
-                x = _scaled_rows(trainer, store, rows[chosen])
+        # By one rank, since the last bits of a loss may differ between devices.
+        chosen = parallel.first(lambda: _chosen(trainer, store, order, counts))
+        for span in dictionary.wiring.spans:
+            if counts[span.name]:
+                x = _scaled_rows(trainer, store, chosen[span.name])
                 _begin_again(trainer, span, dead[span.name], ~dead_L, x)
         trainer.idle_L[dead_L] = 0
-    return {name: len(latents) for name, latents in dead.items()}
+    return counts
+
+
+def _chosen(trainer: Trainer, store: View, order: Order, counts: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """For every span so many rows, drawn by the square of their loss on the sources that it writes to."""
+    rows = order.sample(trainer.config.resample.rows, seed=trainer.step)
+    losses, found = row_losses(trainer, store, rows), {}
+    for number, span in enumerate(trainer.dictionary.wiring.spans):
+        loss_N = torch.stack([losses[source] for source in span.writers]).sum(0).numpy()
+        key = keyed(trainer.config.seed, BEGIN, trainer.step, number)
+        found[span.name] = rows[weighted(key, np.square(loss_N / max(loss_N.max(), TINY)), counts[span.name])]
+    return found
 
 
 def _places(dead_L: Tensor, latents: slice) -> Tensor:

@@ -216,6 +216,17 @@ def test_a_run_on_two_ranks_is_that_of_one_process_in_one_folder(store: Store, t
     )
 
 
+def test_latents_are_resampled_alike_on_all_ranks(store: Store, tmp_path: Path) -> None:
+    asked = {**ASKED, "resample": {"steps": [6], "rows": 100, "idle_rows": 64}}
+    assert on_two(train_it, tmp_path, store.path, asked) == [0, 0]
+    assert '"event": "resample"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    alone = fit(store, asked, tmp_path / "alone", quiet=True)
+    both = got(tmp_path)
+    assert both[0] == both[1]
+    for source in ("a", "b"):
+        assert both[0]["sources"][source]["fve"] == pytest.approx(alone.figures["sources"][source]["fve"], abs=1e-3)
+
+
 def stop(folder: Path, store: Path) -> None:
     """Rank 1 alone is told to stop, in its eighth step."""
     update = Trainer.update
