@@ -32,7 +32,7 @@ class Trainer:
         self.rate = learning_rate(adam.lr, config.steps, adam.warmup, round(adam.decay * config.steps))
         self.parameters = [parameter for parameter in dictionary.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.Adam(self.parameters, lr=adam.lr, betas=(adam.beta1, adam.beta2), fused=True)
-        self.averages = [one.detach().clone() for one in self.parameters] if config.optimiser.ema else []
+        self.averages: list[Tensor] = []  # of the weights, from the first step on: before it they are not begun
         self.step = 0
         self.idle_L = torch.zeros(dictionary.latents, dtype=torch.int64, device=dictionary.activation.bias_L.device)
 
@@ -46,6 +46,8 @@ class Trainer:
 
         Returns detached scalars: loss, the terms, gradient (its norm), l0, dead, fve/<source>.
         """
+        if self.config.optimiser.ema and not self.step:
+            self.averages = [one.detach().clone() for one in self.parameters]
         self.dictionary.activation.schedule(self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate(self.step)
@@ -113,5 +115,5 @@ class Trainer:
         self.dictionary.load_state_dict(state["dictionary"])
         self.optimiser.load_state_dict(state["optimiser"])
         self._terms.load_state_dict(state["terms"])
-        self.averages = [state["averages"][str(n)].to(one.device) for n, one in enumerate(self.averages)]
+        self.averages = [state["averages"][str(n)].to(self.idle_L.device) for n in range(len(state["averages"]))]
         self.idle_L, self.step = state["idle_L"].to(self.idle_L.device), state["step"]

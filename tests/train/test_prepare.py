@@ -83,3 +83,13 @@ def test_encoders_begin_apart_from_decoders_where_they_are_not_tied(store: Store
     assert torch.equal(tied.decoder["a"], free.decoder["a"])
     cosine = torch.cosine_similarity(free.encoder["a"], free.decoder["a"], dim=1)
     assert cosine.abs().max() < 0.999 and torch.allclose(free.encoder["a"].norm(dim=1), tied.encoder["a"].norm(dim=1))
+
+
+def test_averages_of_the_weights_begin_at_the_first_weights(store: Store) -> None:
+    [run] = cases.ready(store, {"optimiser": {"ema": 0.75, "warmup": 0}})
+    trainer = fresh(store, run, {})
+    before = [one.detach().clone() for one in trainer.parameters]
+    [x] = read(store, run.sources, np.sort(run.order.step(0, 16)), 16)
+    trainer.update(x)
+    for average, old, new in zip(trainer.averages, before, trainer.parameters, strict=True):
+        torch.testing.assert_close(average, 0.75 * old + 0.25 * new.detach())
