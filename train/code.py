@@ -41,6 +41,10 @@ class Ports:
         parts = [of_L.narrow(dim, one.start, one.stop - one.start) for one in self.slices]
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
+    def spread(self, of_S: Tensor) -> Tensor:
+        """The other way round: a value per latent of the source over the dictionary's latents, 0 for all others."""
+        return of_S[self.local_L] * self.present_L
+
     @property
     def size(self) -> int:
         return size_of(self.slices)

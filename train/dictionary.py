@@ -116,8 +116,7 @@ class Dictionary(nn.Module):
         for name, point_D in bias.items():
             self.bias[name].copy_(point_D)
             if name in self.encoder:
-                ports = self.reads[name]
-                self.activation.shift((self.encoder[name] @ self.bias[name])[ports.local_L] * ports.present_L)
+                self.activation.shift(self.reads[name].spread(self.encoder[name] @ self.bias[name]))
 
     def _tied(self) -> list[Span]:
         """Spans whose latents write one vector to several sources."""
@@ -219,8 +218,7 @@ class Dictionary(nn.Module):
             return self.folded_WL
         rows = []
         for name, ports in self.writes.items():
-            norm_S = torch.linalg.vector_norm(self.decoder[name], dim=1)
-            rows.append(norm_S[ports.local_L] * ports.present_L)
+            rows.append(ports.spread(torch.linalg.vector_norm(self.decoder[name], dim=1)))
         return torch.stack(rows)
 
     def norms(self) -> Tensor:
@@ -262,8 +260,7 @@ class Dictionary(nn.Module):
         along_L = torch.zeros_like(self.activation.bias_L)
         for name, W_SD in self.decoder.items():
             if W_SD.grad is not None:
-                ports = self.writes[name]
-                along_L += (W_SD.grad * W_SD).sum(1)[ports.local_L] * ports.present_L
+                along_L += self.writes[name].spread((W_SD.grad * W_SD).sum(1))
         norm_L = self.decoder_norms().square().sum(0)
         share_L = torch.where(norm_L > 0, along_L / norm_L, 0.0)
         for name, W_SD in self.decoder.items():
@@ -284,10 +281,9 @@ class Dictionary(nn.Module):
         made = copy.deepcopy(self).eval().requires_grad_(False)
         made.folded_WL = self.decoder_norms().detach().clone()
         for name, W_SD in made.encoder.items():
-            ports, factor, mean_D = made.reads[name], self.scale.factor(name), self.scale.mean(name)
-            W_SD.copy_(W_SD.double() * factor)
-            seen_S = W_SD.double() @ mean_D.double()
-            made.activation.shift((seen_S[ports.local_L] * ports.present_L).to(W_SD.dtype))
+            W_SD.copy_(W_SD.double() * self.scale.factor(name))
+            seen_S = W_SD.double() @ self.scale.mean(name).double()
+            made.activation.shift(made.reads[name].spread(seen_S).to(W_SD.dtype))
         for name, W_SD in made.decoder.items():
             factor, mean_D = self.scale.factor(name), self.scale.mean(name)
             W_SD.copy_(W_SD.double() / factor)

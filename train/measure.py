@@ -43,8 +43,8 @@ FORMULAS = {
     f"with rest the sum over the other sources, is above {ONLY} at the source",
     "spans.*.fve": "of each source: its FVE less that without what the span writes",
     "spans.*.integrity": "largest change of the span's pre-activations, and of what it alone writes, when the sources "
-    "that it does not read are those of other rows: 0",
-    "spans.*.coupling": "sum |f - f'| / sum f of the span's codes f, and f' when those sources are of other rows",
+    "that it does not read are noise: 0",
+    "spans.*.coupling": "sum |f - f'| / sum f of the span's codes f, and f' when those sources are noise",
     "spans.*.shadow": "median over the span's latents of the largest correlation with a latent that reads a source "
     "which the span does not: near 1 where they are not exclusive in truth",
     "spans.*.shadowed": f"latents of the span for which that correlation is above {SHADOWED}",
