@@ -4,7 +4,7 @@ Letters: B rows of a batch, D width of a source, G planted features, L latents.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def config(case: str, name: str, steps: int, **keys: Any) -> TrainConfig:
 def trainer(case: str, name: str, steps: int = 100, seed: int = 0, **keys: Any) -> Trainer:
     """A fresh trainer on rows that need no scale."""
     asked = config(case, name, steps, **keys)
-    wires = wiring(case, asked.wiring.latents)
+    wires = replace(wiring(case, asked.wiring.latents), skip=asked.wiring.skip)
     made, terms = dictionaries.create(wires, asked.method, Scale(wires.widths), asked.wiring.norm, steps)
     made.initialise(seed, asked.wiring.decoder_norm or dictionaries.default_decoder_norm(wires))
     return Trainer(made, list(terms), asked)

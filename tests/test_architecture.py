@@ -101,6 +101,7 @@ MODULES: dict[str, dict[str, str]] = {
         "compare": "how alike the latents of two dictionaries are",
         "exclusivity": "what is exclusive about spans that do not read every source",
         "measure": "the figures, with their formulas, over all rows at once",
+        "calibrate": "thresholds from all rows of a store, behind the training",
         "resample": "dead latents begin again from rows that are reconstructed badly",
         "report": "a run's folder -> one page",
         "trackers": "TensorBoard and W&B: views of metrics.jsonl",

@@ -5,6 +5,7 @@ Letters: B rows of a batch, L latents.
 
 import math
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch.autograd import Function
 from torch.nn.functional import relu
 
 from train import parallel
-from train.code import Activation, Code, DenseCode, Pre, SparseCode
+from train.code import Activation, Code, DenseCode, Pre, SparseCode, SplitCode
 from train.kernels import Entries, above, top_of_batch
 from train.schedule import Schedule
 from train.wiring import Wiring
+
+Pick = Callable[[Tensor, int], Entries]  # (scores, the number of a writer) -> the entries that are kept
 
 
 class Relu(Activation):
@@ -77,61 +80,119 @@ class Budgets(nn.Module):
         share = k / self.k_at(sys.maxsize)
         return [round(k) if own is None else max(1, round(own * share)) for own in self.ks]
 
+    def parts(self, score_BL: Tensor) -> list[Tensor]:
+        """The scores of each group."""
+        return [score_BL[:, self.get_buffer(f"latents_{number}")] for number in range(len(self.ks))]
+
     def select(self, score_BL: Tensor, counts: Sequence[int], pick: Callable[[Tensor, int], Entries]) -> Entries:
         """pick(scores of a group, how many of a row) for every group, as entries of the whole."""
         if len(counts) == 1:
             return pick(score_BL, min(counts[0], score_BL.shape[1]))
         found = []
-        for number, count in enumerate(counts):
+        for number, (count, score) in enumerate(zip(counts, self.parts(score_BL), strict=True)):
             latents = self.get_buffer(f"latents_{number}")
-            one = pick(score_BL[:, latents], min(count, len(latents)))
+            one = pick(score, min(count, len(latents)))
             found.append((one.row_K, latents[one.latent_K]))
         row_K, latent_K = (torch.cat(parts) for parts in zip(*found, strict=True))
         order_K = torch.argsort(row_K * score_BL.shape[1] + latent_K)
         return Entries(row_K[order_K], latent_K[order_K], *score_BL.shape)
 
 
-class BatchTopK(Activation):
+class Selecting(Activation):
+    """f = relu(h) where relu(h) x norm is among the largest, by the budgets of a wiring.
+
+    Of norms per writer (decoupled) each selects for what is written there alone.
+    """
+
+    def __init__(self, wiring: Wiring, k: Schedule) -> None:
+        super().__init__(wiring.latents)
+        self.budgets, self.writers = Budgets(wiring, k), wiring.writers
+        self.schedule(0)
+
+    def schedule(self, step: int) -> None:
+        self.counts = self.budgets.counts(step)
+
+    def decouple(self) -> None:
+        pass
+
+    @abstractmethod
+    def pick(self, score_BL: Tensor, writer: int) -> Entries:
+        """The entries that are kept; `writer` is the number of one that selects for itself, else 0."""
+
+    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
+        return self.kept(pre, norm_L, self.pick)
+
+    def kept(self, pre: Pre, norm_L: Tensor, pick: Pick) -> Code:
+        return self._kept(relu(pre.h_BL), norm_L, lambda entries: relu(pre.at(entries)), pick)
+
+    def again(self, f_BL: Tensor, norm_L: Tensor) -> Code:
+        if norm_L.ndim == 1:
+            return super().again(f_BL, norm_L)
+        return self._kept(f_BL, norm_L, lambda entries: f_BL[entries.row_K, entries.latent_K], self.pick)
+
+    def scores(self, f_BL: Tensor, norm_L: Tensor) -> list[Tensor]:
+        """f x norm, [B, L], once or (decoupled) for every writer. No graph."""
+        return [f_BL * own_L for own_L in norm_L.detach().view(-1, norm_L.shape[-1])]
+
+    def _kept(self, f_BL: Tensor, norm_L: Tensor, at: Callable[[Entries], Tensor], pick: Pick) -> Code:
+        scores = self.scores(f_BL, norm_L)
+        if norm_L.ndim == 1:
+            entries = pick(scores[0], 0)
+            return SparseCode(entries, at(entries))
+        codes = {}
+        for number, (writer, score_BL) in enumerate(zip(self.writers, scores, strict=True)):
+            entries = pick(score_BL, number)
+            writes_K = score_BL[entries.row_K, entries.latent_K] > 0  # not those that fill up what is left of a budget
+            codes[writer] = SparseCode(entries, at(entries) * writes_K)
+        return SplitCode(codes)
+
+
+class BatchTopK(Selecting):
     """f = relu(h) on the k x B largest relu(h) x norm of the batch; above a threshold at evaluation.
 
     The threshold is the mean over training steps of the smallest positive kept score, with weights decay^age, so that
-    it is right from the first step on and follows k while that is annealed. Each budget has its own.
+    it is right from the first step on and follows k while that is annealed. Each budget has its own (decoupled: of each
+    writer).
     """
 
     mean: Tensor
     mass: Tensor
 
     def __init__(self, wiring: Wiring, k: Schedule, decay: float) -> None:
-        super().__init__(wiring.latents)
-        self.budgets, self.decay = Budgets(wiring, k), decay
-        self.schedule(0)
-        groups = len(self.budgets.ks)
-        self.register_buffer("mean", torch.zeros(groups))  # sum of decay^age x (1 - decay) x score
-        self.register_buffer("mass", torch.zeros(groups))  # sum of decay^age x (1 - decay)
+        super().__init__(wiring, k)
+        self.decay = decay
+        self._forget(len(self.budgets.ks))
+
+    def _forget(self, *shape: int) -> None:
+        self.register_buffer("mean", torch.zeros(shape))  # sum of decay^age x (1 - decay) x score
+        self.register_buffer("mass", torch.zeros(shape))  # sum of decay^age x (1 - decay)
+
+    def decouple(self) -> None:
+        self._forget(len(self.writers), len(self.budgets.ks))
 
     @property
     def threshold(self) -> Tensor:
         """Of each budget; 0 before the first step: then every positive pre-activation passes."""
         return self.mean / self.mass.clamp_min(1e-12)
 
-    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
-        score_BL = relu(pre.h_BL) * norm_L.detach()
+    def set_threshold(self, threshold: Tensor) -> None:
+        """Forget the mean; `threshold` is in the order of writers, then budgets."""
+        self.mean.copy_(threshold.view_as(self.mean))
+        self.mass.fill_(1.0)
+
+    def pick(self, score_BL: Tensor, writer: int) -> Entries:
         if self.training:
             rows = len(score_BL)
-            entries = self.budgets.select(score_BL, self.counts, lambda score, k: top_of_batch(score, k * rows))
-        else:
-            entries = above(score_BL, self.threshold[self.budgets.group_L])
-        return SparseCode(entries, relu(pre.at(entries)))
+            return self.budgets.select(score_BL, self.counts, lambda score, k: top_of_batch(score, k * rows))
+        threshold = self.threshold if self.threshold.ndim == 1 else self.threshold[writer]
+        return above(score_BL, threshold[self.budgets.group_L])
 
     def observe(self, code: Code, norm_L: Tensor) -> None:
-        smallest = parallel.least(code.smallest(norm_L, self.budgets.group_L, len(self.mean)))
+        smallest = parallel.least(code.smallest(norm_L, self.budgets.group_L, len(self.budgets.ks)))
         kept = torch.isfinite(smallest)  # a batch without a positive code says nothing
         weight = (1 - self.decay) * kept
         self.mean.lerp_(torch.where(kept, smallest, self.mean), weight)
         self.mass.lerp_(torch.ones_like(self.mass), weight)
-
-    def schedule(self, step: int) -> None:
-        self.counts = self.budgets.counts(step)
 
 
 class JumpReLU(Activation):

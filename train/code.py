@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from shared.errors import WiringError
 from train.kernels import Decode, Entries, PreActivation
 from train.wiring import Wiring, size_of
 
@@ -19,22 +20,23 @@ from train.wiring import Wiring, size_of
 class Ports:
     """The latents of one source: slices of the dictionary's, and where each stands in the source's own matrices."""
 
+    source: str
     slices: tuple[slice, ...]
     local_L: Tensor  # int64; 0 where the source has no part in the latent
     present_L: Tensor  # float32: 1 or 0
 
     @classmethod
-    def of(cls, slices: tuple[slice, ...], latents: int) -> "Ports":
+    def of(cls, source: str, slices: tuple[slice, ...], latents: int) -> "Ports":
         local_L, present_L = torch.zeros(latents, dtype=torch.int64), torch.zeros(latents)
         first = 0
         for one in slices:
             local_L[one] = torch.arange(first, first + one.stop - one.start)
             present_L[one] = 1.0
             first += one.stop - one.start
-        return cls(slices, local_L, present_L)
+        return cls(source, slices, local_L, present_L)
 
     def to(self, device: torch.device) -> "Ports":
-        return Ports(self.slices, self.local_L.to(device), self.present_L.to(device))
+        return Ports(self.source, self.slices, self.local_L.to(device), self.present_L.to(device))
 
     def own(self, of_L: Tensor, dim: int = 0) -> Tensor:
         """What a tensor over the dictionary's latents has of the source's own, in their order."""
@@ -51,7 +53,10 @@ class Ports:
 
 
 class Code(ABC):
-    """The codes f_BL of a batch, dense or as kept entries. Final classes: DenseCode, SparseCode."""
+    """The codes f_BL of a batch, dense, as kept entries, or as those of each writer.
+
+    Final classes: DenseCode, SparseCode, SplitCode.
+    """
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -70,8 +75,8 @@ class Code(ABC):
         """What each group of latents (`group_L` is the number of a latent's) writes to one source, [B, groups, D]."""
 
     @abstractmethod
-    def fires_L(self) -> Tensor:
-        """How many rows of the batch each latent fires on (a code above 0), int64."""
+    def fires_L(self, ports: Ports | None = None) -> Tensor:
+        """How many rows of the batch each latent fires on (a code above 0), int64; with `ports` where it writes."""
 
     @abstractmethod
     def l1(self, weight_L: Tensor) -> Tensor:
@@ -83,7 +88,10 @@ class Code(ABC):
 
     @abstractmethod
     def smallest(self, norm_L: Tensor, group_L: Tensor, groups: int) -> Tensor:
-        """The smallest positive f x norm in each group of latents, [groups]; infinite where no code is positive."""
+        """The smallest positive f x norm in each group of latents, [groups]; infinite where no code is positive.
+
+        Of norms per writer, [writers, L]: that of each, [writers, groups].
+        """
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,8 @@ class DenseCode(Code):
         each = (DenseCode(self.f_BL * (group_L == g), self.soft_BL) for g in range(groups))
         return torch.stack([one.write(W_SD, ports) for one in each], 1)
 
-    def fires_L(self) -> Tensor:
-        return (self.f_BL > 0).sum(0)
+    def fires_L(self, ports: Ports | None = None) -> Tensor:
+        return _present((self.f_BL > 0).sum(0), ports)
 
     def l1(self, weight_L: Tensor) -> Tensor:
         return (self.soft_BL @ weight_L).mean()
@@ -150,8 +158,9 @@ class SparseCode(Code):
         written = SparseCode(split, self.value_K[order_K]).write(W_SD, ports)
         return written.view(self.entries.rows, groups, W_SD.shape[1])
 
-    def fires_L(self) -> Tensor:
-        return torch.bincount(self.entries.latent_K, (self.value_K > 0).double(), self.entries.latents).long()
+    def fires_L(self, ports: Ports | None = None) -> Tensor:
+        fires_L = torch.bincount(self.entries.latent_K, (self.value_K > 0).double(), self.entries.latents).long()
+        return _present(fires_L, ports)
 
     def l1(self, weight_L: Tensor) -> Tensor:
         return (self.value_K * weight_L[self.entries.latent_K]).sum() / self.entries.rows
@@ -163,6 +172,54 @@ class SparseCode(Code):
     def smallest(self, norm_L: Tensor, group_L: Tensor, groups: int) -> Tensor:
         latent_K = self.entries.latent_K
         return _smallest_positive(self.value_K * norm_L[latent_K], group_L[latent_K], groups)
+
+
+@dataclass(frozen=True)
+class SplitCode(Code):
+    """Codes that every writer selects for itself (norm = decoupled): `of` has them, {writer: its own}.
+
+    Taken together, a latent has its code on a row where any writer keeps it.
+    """
+
+    of: Mapping[str, SparseCode]
+
+    @cached_property
+    def together(self) -> SparseCode:
+        one, parts = next(iter(self.of.values())).entries, self.of.values()
+        place_K = torch.cat([part.entries.row_K * one.latents + part.entries.latent_K for part in parts])
+        place_U, where_K = torch.unique(place_K, return_inverse=True)
+        value_K = torch.cat([part.value_K for part in parts])
+        value_U = value_K.new_zeros(len(place_U)).scatter_reduce(0, where_K, value_K, "amax")
+        return SparseCode(Entries(place_U // one.latents, place_U % one.latents, one.rows, one.latents), value_U)
+
+    def dense(self) -> Tensor:
+        return self.together.dense()
+
+    def sparse(self) -> Tensor:
+        return self.together.sparse()
+
+    def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
+        return self.of[ports.source].write(W_SD, ports)
+
+    def write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
+        return self.of[ports.source].write_groups(W_SD, ports, group_L, groups)
+
+    def fires_L(self, ports: Ports | None = None) -> Tensor:
+        return (self.together if ports is None else self.of[ports.source]).fires_L(ports)
+
+    def l1(self, weight_L: Tensor) -> Tensor:
+        return self.together.l1(weight_L)
+
+    def sums(self, of: Callable[[Tensor], Tensor], weight_L: Tensor) -> Tensor:
+        return self.together.sums(of, weight_L)
+
+    def smallest(self, norm_L: Tensor, group_L: Tensor, groups: int) -> Tensor:
+        pairs = zip(self.of.values(), norm_L, strict=True)
+        return torch.stack([one.smallest(own_L, group_L, groups) for one, own_L in pairs])
+
+
+def _present(fires_L: Tensor, ports: Ports | None) -> Tensor:
+    return fires_L if ports is None else fires_L * ports.present_L.long()
 
 
 def _smallest_positive(score: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -233,6 +290,15 @@ class Activation(nn.Module, ABC):
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
         """The codes; `norm_L` weights latents against each other where a method ranks them. Changes nothing."""
 
+    def decouple(self) -> None:
+        """Let every writer select for itself from here on: norms are then [writers, L]. Raises WiringError."""
+        way_out = "Set wiring.norm to sum: that is what it would be"
+        raise WiringError("this method selects no latents, for one source or for all", "wiring.norm decoupled", way_out)
+
+    def again(self, f_BL: Tensor, norm_L: Tensor) -> Code:
+        """The code behind a matrix of codes: of decoupled ones, what each writer has selected of them."""
+        return DenseCode(f_BL, f_BL)
+
     def observe(self, code: Code, norm_L: Tensor) -> None:
         """Called once per training step, with no graph: the only place where running statistics change."""
 
@@ -256,5 +322,6 @@ class Forward:
     y: dict[str, Tensor]
     code: Code
     pre: Pre
-    norm_L: Tensor
+    norm_L: Tensor  # decoupled: [writers, L]
     weight_L: Tensor  # of a latent's codes in penalties, as its span says
+    base: dict[str, Tensor]  # of y what no code writes, [D] or [B, D]: the bias, and what a skip connection passes on

@@ -36,7 +36,8 @@ class WiringConfig(Config):
     readers: list[str] | None = None  # crosscoder: the sources that are read; none: all
     spans: list[SpanConfig] = Field(default_factory=list)  # of the kind spans
     k: dict[str, int] = Field(default_factory=dict)  # {span: latents that it keeps by itself}
-    norm: Norm = "sum"  # the decoder norm that weights sparsity and selection: sum, joint, mixed, mean, none
+    skip: bool = False  # transcoder: a linear map from what is read to what is written, beside the latents
+    norm: Norm = "sum"  # decoder norm that weights sparsity and selection: sum, joint, mixed, mean, none, decoupled
     alpha: float = Field(0.1, ge=0)  # mixed: joint + alpha x sum
     decoder: Literal["free", "unit"] = "free"  # unit: what a latent writes, to all sources together, has the length 1
     decoder_norm: float | None = Field(None, gt=0)  # length of fresh decoder vectors; none: 0.4, or 1 for one source
@@ -78,13 +79,14 @@ class ResampleConfig(Config):
 
 
 class OptimiserConfig(Config):
-    """Adam."""
+    """Adam, or, where weights decay, AdamW."""
 
     lr: float = Field(3e-4, gt=0)  # peak
     warmup: int = Field(100, ge=0)  # steps from 0 to the peak
     decay: float = Field(0.2, ge=0, le=1)  # share of the steps, at the end, over which the rate falls to 0
     beta1: float = Field(0.9, ge=0, lt=1)  # decay of the mean of the gradient
     beta2: float = Field(0.999, ge=0, lt=1)  # decay of the mean of its square
+    weight_decay: float = Field(0.0, ge=0)  # share of every weight, times the learning rate, that a step takes off
     clip: float = Field(1.0, gt=0)  # largest norm of the gradient
     ema: float = Field(0.0, ge=0, lt=1)  # decay of a moving average of the weights, which is what is saved; 0: none
 

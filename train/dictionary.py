@@ -20,14 +20,14 @@ from shared import files
 from shared.device import device_of
 from shared.errors import CheckpointError, RowsError
 from train import method as methods
-from train.code import Activation, Code, DenseCode, Forward, Ports, Pre
+from train.code import Activation, Code, Forward, Ports, Pre
 from train.scale import Scale
 from train.sources import parts
 from train.wiring import Span, Wiring
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, CONFIG = "dictionary.safetensors", "config.json"
-Norm = Literal["sum", "joint", "mixed", "mean", "none"]
+Norm = Literal["sum", "joint", "mixed", "mean", "none", "decoupled"]
 
 
 class Weights(nn.Module):
@@ -57,6 +57,9 @@ class Dictionary(nn.Module):
 
         x -> scale -> h = b + sum over readers of x W_enc^T -> activation -> f -> y = f W_dec + bias -> unscale -> raw y
 
+    and, where the wiring has a skip connection, + sum over readers of x W_skip^T in y, which begins at 0 (Paulo et al.
+    2025, https://arxiv.org/abs/2501.18823).
+
     Each source owns one encoder and one decoder matrix (S, D), latent-major, over the spans that it takes part in, so a
     weight that a span forbids does not exist.
     """
@@ -68,11 +71,15 @@ class Dictionary(nn.Module):
         super().__init__()
         self.wiring, self.method, self.norm, self.alpha = wiring, method, norm, alpha
         self.activation, self.scale = activation, scale
-        self.reads = {name: Ports.of(wiring.read_by(name), wiring.latents) for name in wiring.readers}
-        self.writes = {name: Ports.of(wiring.written_to(name), wiring.latents) for name in wiring.writers}
+        self.reads = {name: Ports.of(name, wiring.read_by(name), wiring.latents) for name in wiring.readers}
+        self.writes = {name: Ports.of(name, wiring.written_to(name), wiring.latents) for name in wiring.writers}
         self.encoder = Weights({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.reads.items()})
         self.decoder = Weights({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.writes.items()})
         self.bias = Weights({n: torch.zeros(wiring.widths[n]) for n in wiring.writers})
+        passes = [(reader, name) for name in wiring.writers for reader in wiring.readers] if wiring.skip else []
+        self.skip = Weights({f"{r} to {n}": torch.zeros(wiring.widths[n], wiring.widths[r]) for r, n in passes})
+        if norm == "decoupled":
+            activation.decouple()
         weight_L = torch.cat([torch.full((span.size,), span.weight) for span in wiring.spans])
         self.register_buffer("weight_L", weight_L, persistent=False)
         self.register_buffer("folded_WL", None)  # decoder norms in scaled space, of weights that are not
@@ -191,11 +198,19 @@ class Dictionary(nn.Module):
         pre = self.pre(x)
         code = self.activation(pre, norm_L)
         target = {name: self.scale.scaled(name, self._rows(name, x)) for name in self.wiring.writers}
-        return Forward(target, self.written(code), code, pre, norm_L, self.weight_L)
+        base = self.base(pre.x)
+        return Forward(target, self.written(code, base), code, pre, norm_L, self.weight_L, base)
 
-    def written(self, code: Code) -> dict[str, Tensor]:
-        """What a code writes, with the biases, in scaled space: {writer: [B, D]}."""
-        return {name: code.write(self.decoder[name], self.writes[name]) + self.bias[name] for name in self.decoder}
+    def base(self, scaled: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What every writer is given beside the codes, of scaled rows {reader: [B, D]}: {writer: [D] or [B, D]}."""
+        base: dict[str, Tensor] = dict(self.bias.items())
+        for writer, reader in ((w, r) for w in base for r in self.wiring.readers if self.wiring.skip):
+            base[writer] = base[writer] + scaled[reader] @ self.skip[f"{reader} to {writer}"].T
+        return base
+
+    def written(self, code: Code, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a code writes on top of `base`, in scaled space: {writer: [B, D]}."""
+        return {name: code.write(self.decoder[name], self.writes[name]) + base[name] for name in self.decoder}
 
     def encode(self, x: Mapping[str, Tensor]) -> Tensor:
         """The codes f_BL of raw rows {reader: [B, D]}. Those of sparse methods have no gradient to the rows."""
@@ -205,12 +220,17 @@ class Dictionary(nn.Module):
         """The codes of raw rows as the method makes them: those of sparse methods as kept entries."""
         return self.activation(self.pre(x), self.norms())
 
-    def decode(self, f_BL: Tensor) -> dict[str, Tensor]:
-        """Raw rows {writer: [B, D]} of codes."""
+    def decode(self, f_BL: Tensor, x: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Raw rows {writer: [B, D]} of codes, and, where there is a skip connection, of raw rows {reader: [B, D]}."""
         if f_BL.ndim != 2 or f_BL.shape[1] != self.latents:
             value = f"{tuple(f_BL.shape)}, not (B, {self.latents})"
             raise RowsError("codes that do not fit the dictionary", value, "Give what encode returns")
-        return {name: self.scale.raw(name, y_BD) for name, y_BD in self.written(DenseCode(f_BL, f_BL)).items()}
+        if self.wiring.skip and x is None:
+            raise RowsError("a skip connection takes rows", "decode(f)", "Give them too: decode(f, x)")
+        readers = self.wiring.readers if self.wiring.skip else ()
+        scaled = {name: self.scale.scaled(name, self._rows(name, x or {})) for name in readers}
+        y = self.written(self.activation.again(f_BL, self.norms()), self.base(scaled))
+        return {name: self.scale.raw(name, y_BD) for name, y_BD in y.items()}
 
     def decoder_norms(self) -> Tensor:
         """|d| of every latent in every source, in scaled space: [writers, L]; 0 where it does not write."""
@@ -224,13 +244,16 @@ class Dictionary(nn.Module):
     def norms(self) -> Tensor:
         """The norm_L that weights sparsity and selection, by the option `norm`:
 
-        sum    sum over sources of |d| (the crosscoders of Lindsey et al. 2024)
-        joint  length of all that a latent writes, sqrt(sum of |d|^2)
-        mixed  joint + alpha x sum
-        mean   sum / number of sources that the latent writes to
-        none   1
+        sum        sum over sources of |d| (the crosscoders of Lindsey et al. 2024)
+        joint      length of all that a latent writes, sqrt(sum of |d|^2)
+        mixed      joint + alpha x sum
+        mean       sum / number of sources that the latent writes to
+        none       1
+        decoupled  |d| of each source, [writers, L]: each selects k latents for itself, by a threshold of its own
         """
         norm_WL = self.decoder_norms()
+        if self.norm == "decoupled":
+            return norm_WL
         if self.norm == "none":
             return torch.ones_like(norm_WL[0])
         total_L = norm_WL.sum(0)
@@ -273,7 +296,7 @@ class Dictionary(nn.Module):
         decoders give raw rows. Codes and reconstructions at evaluation are those of before, to rounding.
 
             W_enc <- factor W_enc    b <- b - sum over readers of factor W_enc . mean
-            W_dec <- W_dec / factor  bias <- bias / factor + mean
+            W_dec <- W_dec / factor  bias <- bias / factor + mean (a skip connection likewise, on both its sides)
 
         The decoder norms by which latents were ranked and compared (R) are kept as they were, in scaled space, since
         those of the new vectors are in each model's own units. It is in evaluation mode, its weights without gradient.
@@ -288,6 +311,15 @@ class Dictionary(nn.Module):
             factor, mean_D = self.scale.factor(name), self.scale.mean(name)
             W_SD.copy_(W_SD.double() / factor)
             made.bias[name].copy_(made.bias[name].double() / factor + mean_D)
+        for name in made.wiring.writers if made.wiring.skip else ():
+            for reader in made.wiring.readers:
+                W_DD, factor, into = (
+                    made.skip[f"{reader} to {name}"],
+                    self.scale.factor(reader),
+                    self.scale.factor(name),
+                )
+                W_DD.copy_(W_DD.double() * factor / into)
+                made.bias[name].copy_(made.bias[name].double() - W_DD.double() @ self.scale.mean(reader).double())
         made.scale = Scale(self.wiring.widths).to(made.activation.bias_L)
         return made
 
@@ -308,6 +340,7 @@ class Dictionary(nn.Module):
             "format": FORMAT,
             "sources": self.wiring.widths,
             "spans": [asdict(span) for span in self.wiring.spans],
+            "skip": self.wiring.skip,
             "method": self.method.model_dump(mode="json"),
             "norm": self.norm,
             "alpha": self.alpha,
@@ -333,7 +366,7 @@ class Dictionary(nn.Module):
             raise CheckpointError("another format of dictionary", saved.get("format"), f"This version reads {FORMAT}")
         try:
             spans = [s | {side: tuple(s[side]) for side in ("readers", "writers")} for s in saved["spans"]]
-            wiring = Wiring(tuple(Span(**span) for span in spans), saved["sources"])
+            wiring = Wiring(tuple(Span(**span) for span in spans), saved["sources"], saved["skip"])
             scale, norm = Scale(saved["sources"]), (saved["norm"], 1, saved["alpha"])
             made = create(wiring, methods.parse(saved["method"]), scale, *norm)[0]
             if saved["folded"]:

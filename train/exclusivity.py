@@ -84,7 +84,8 @@ class Exclusivity:
         alone_BL = torch.zeros_like(h_BL)
         latents = self.dictionary.wiring.slices[span.name]
         alone_BL[:, latents] = h_BL[:, latents].clamp_min(0)
-        written = self.dictionary.decode(alone_BL)
+        code = self.dictionary.activation.again(alone_BL, self.dictionary.norms())
+        written = self.dictionary.written(code, dict(self.dictionary.bias.items()))
         return [h_BL[:, latents], *(written[name] for name in span.writers)]
 
     def result(self) -> dict[str, dict[str, Any]]:

@@ -113,6 +113,7 @@ class Measure:
         self.rows = 0
         self.sums = {source: Sums(dictionary.wiring.widths[source]) for source in dictionary.wiring.writers}
         self.fires_L = torch.zeros(dictionary.latents, dtype=torch.int64)
+        self.firings = dict.fromkeys(self.sums, 0)  # codes that write to each source
         self.exclusivity = Exclusivity(dictionary)
         numbers = [torch.full((span.size,), n) for n, span in enumerate(dictionary.wiring.spans)]
         self._span_L = torch.cat(numbers).to(dictionary.activation.bias_L.device)
@@ -126,6 +127,7 @@ class Measure:
         spans = list(self.dictionary.wiring.slices)
         for source, sums in self.sums.items():
             ports = self.dictionary.writes[source]
+            self.firings[source] += int(out.code.fires_L(ports).sum())
             parts = out.code.write_groups(self.dictionary.decoder[source], ports, self._span_L, len(spans)).unbind(1)
             sums.add(out.target[source], out.y[source], dict(zip(spans, parts, strict=True)))
         self.exclusivity.add(x, out.code)
@@ -141,13 +143,13 @@ class Measure:
             "l0": float(density_L.sum()),
             "dead": float((~alive_L).double().mean()),
             "dense": float((density_L > DENSE).double().mean()),
-            "sources": self._sources(share_WL, alive_L, density_L),
+            "sources": self._sources(share_WL, alive_L),
             "spans": self._spans(alive_L, density_L),
             "density": _log_histogram(density_L),
             "r": self._r(share_WL, alive_L),
         }
 
-    def _sources(self, share_WL: Tensor, alive_L: Tensor, density_L: Tensor) -> dict[str, dict[str, float | None]]:
+    def _sources(self, share_WL: Tensor, alive_L: Tensor) -> dict[str, dict[str, float | None]]:
         figures: dict[str, dict[str, float | None]] = {}
         difference_WL = normalised_difference(share_WL)
         for index, (source, sums) in enumerate(self.sums.items()):
@@ -156,7 +158,7 @@ class Measure:
             only = int(((difference_WL[index] > ONLY) & alive_L).sum()) if several else None
             figures[source] = {
                 **sums.result(self.rows, float(self.dictionary.scale.factor(source))),
-                "l0": float((density_L * self.dictionary.writes[source].present_L.cpu()).sum()),
+                "l0": self.firings[source] / self.rows,
                 "exclusive": exclusive,
                 "only": only,
             }

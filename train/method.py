@@ -35,6 +35,10 @@ class MethodConfig(config.Config, ABC):
         """The step from which its schedules stand still."""
         return 0
 
+    def calibrates(self) -> bool:
+        """Whether thresholds are set anew behind the training (train.calibrate)."""
+        return False
+
     def weighs_codes(self) -> bool:
         """Whether smaller codes cost less: then they shrink without end unless decoder norms count, or are fixed."""
         return False
@@ -120,6 +124,10 @@ class BatchTopKConfig(TopKConfig, ABC):
     """What the methods that share k x B latents between the rows of a batch have in common."""
 
     threshold_decay: float = Field(0.99, ge=0, lt=1)  # of the running mean; 0.999 lags while weights still move
+    calibrate: bool = False  # set it once more behind the training, by a pass over all rows that the run keeps
+
+    def calibrates(self) -> bool:
+        return self.calibrate
 
 
 def names() -> list[str]:

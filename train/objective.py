@@ -130,14 +130,14 @@ class Frozen(Term):
     """What relu(h) would reconstruct by the decoder as it stands: mean of |x - y(relu(h))|^2, summed over sources.
 
     The auxiliary loss of Rajamanoharan et al. 2024 (https://arxiv.org/abs/2404.16014): it teaches the gate, and no
-    decoder or decoder bias.
+    decoder, decoder bias or skip connection.
     """
 
     def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
         gate_BL = relu(out.pre.dense_BL)
         code = DenseCode(gate_BL, gate_BL)
         y = {
-            source: code.write(W_SD.detach(), dictionary.writes[source]) + dictionary.bias[source].detach()
+            source: code.write(W_SD.detach(), dictionary.writes[source]) + out.base[source].detach()
             for source, W_SD in dictionary.decoder.items()
         }
         return squared_error(out.target, y)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,7 +66,8 @@ def _ready(store: View, asked: TrainConfig, kept: dict[str, Kept], orders: dict[
         value = f"{asked.method.settled()} > {asked.steps}"
         raise ConfigError("the method's schedule is longer than the run", value, "Raise steps, or shorten the schedule")
     with torch.device("meta"):  # without the memory
-        asked.method.build(wires, asked.steps)  # refuses before the store is read, as does the next line
+        given = (asked.method, Scale(wires.widths), asked.wiring.norm, asked.steps)
+        dictionary.create(wires, *given)  # refuses before the store is read, as does the next line
     if asked.method.weighs_codes() and asked.wiring.norm == "none" and asked.wiring.decoder == "free":
         way_out = "Set wiring.decoder to unit, or another wiring.norm"
         raise ConfigError("codes would shrink out of their penalty while decoders grow", "wiring.norm none", way_out)
@@ -106,7 +107,7 @@ def _wiring(store: View, asked: TrainConfig) -> Wiring:
     widths = Sources(store, sources).widths
     if len(widths) < len(sources):
         raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
-    wires = _of_kind(asked.wiring, widths)
+    wires = replace(_of_kind(asked.wiring, widths), skip=asked.wiring.skip)
     if asked.wiring.k and "k" not in type(asked.method).model_fields:
         raise ConfigError("this method keeps no k latents", f"{asked.method.name}, wiring.k", "Leave out wiring.k")
     return wiring.with_k(wires, asked.wiring.k)

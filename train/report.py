@@ -181,12 +181,18 @@ def _fve(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _density(figures: Mapping[str, Any]) -> str:
-    histogram = figures["density"]
+    spans = figures["spans"]
+    never = figures["density"]["never"]
 
     def draw(axes: "Axes") -> None:
-        axes.stairs(histogram["counts"], histogram["log10_edges"], fill=True)
-        title = f"Latent density (held out; {histogram['never']:,} never fire there)"
+        for name, one in spans.items():
+            histogram, several = one["density"], len(spans) > 1
+            axes.stairs(histogram["counts"], histogram["log10_edges"], fill=not several, label=name)
+        title = f"Latent density (held out; {never:,} never fire there)"
         axes.set(title=title, xlabel="log10 of the share of rows", ylabel="latents")
+        if len(spans) > 1:
+            axes.set(ylabel="latents (log scale)", yscale="symlog")
+            axes.legend()
 
     return _picture(draw)
 

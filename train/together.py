@@ -16,6 +16,7 @@ from shared.errors import DivergenceError, GranaryError, Stopped, deferred_stop
 from shared.log import Log, bar
 from shared.view import View
 from train import measure, parallel, prepare, report, resident, run
+from train.calibrate import calibrate
 from train.order import own_block
 from train.prepare import Ready
 from train.reader import require_finite
@@ -237,7 +238,10 @@ def _finish(store: View, members: Sequence[Member], quiet: bool) -> None:
     """Save and measure, those that read the same rows at once."""
     alike: dict[int, list[Member]] = {}
     for one in members:
-        one.training.trainer.trained().save(one.folder / "dictionary")
+        made = one.training.trainer.trained()
+        if one.config.method.calibrates():
+            calibrate(made, store, np.flatnonzero(one.ready.order.kept_N), quiet)
+        made.save(one.folder / "dictionary")
         alike.setdefault(one.config.log.measure_rows, []).append(one)
     for most, some in alike.items():
         trained = [one.training.trainer.dictionary for one in some]

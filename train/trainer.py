@@ -31,7 +31,8 @@ class Trainer:
         adam = config.optimiser
         self.rate = learning_rate(adam.lr, config.steps, adam.warmup, round(adam.decay * config.steps))
         self.parameters = [parameter for parameter in dictionary.parameters() if parameter.requires_grad]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=adam.lr, betas=(adam.beta1, adam.beta2), fused=True)
+        keys: dict[str, Any] = {"lr": adam.lr, "betas": (adam.beta1, adam.beta2), "fused": True}
+        self.optimiser = torch.optim.AdamW(self.parameters, weight_decay=adam.weight_decay, **keys)
         self.averages: list[Tensor] = []  # of the weights, from the first step on: before it they are not begun
         self.step = 0
         self.idle_L = torch.zeros(dictionary.latents, dtype=torch.int64, device=dictionary.activation.bias_L.device)
@@ -44,7 +45,8 @@ class Trainer:
     def update(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Learn from raw rows {source: float32 [B, D]}; under torchrun, from those of all ranks.
 
-        Returns detached scalars: loss, the terms, gradient (its norm), l0, dead, fve/<source>.
+        Returns detached scalars: loss, the terms, gradient (its norm), fve/<source>; l0 and dead, of several spans also
+        each, l0/<span> and dead/<span>.
         """
         if self.config.optimiser.ema and not self.step:
             self.averages = [one.detach().clone() for one in self.parameters]
@@ -73,11 +75,11 @@ class Trainer:
             for term in self.terms:
                 term.observe(out, now)
             rows = len(next(iter(x.values())))
-            record = self._record(out, {"loss": loss, **values}, rows)
+            record = self._record(out, {"loss": loss, **values}, rows, now.dead_L)
             self.step += 1
-            return {**record, "gradient": gradient.detach(), "dead": now.dead_L.float().mean()}
+            return {**record, "gradient": gradient.detach()}
 
-    def _record(self, out: Forward, values: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    def _record(self, out: Forward, values: Mapping[str, Tensor], rows: int, dead_L: Tensor) -> dict[str, Tensor]:
         """The figures of a batch, of all ranks' rows together; and the idle counts, which need them, too."""
         means = parallel.summed([target_BD.mean(0) / parallel.world() for target_BD in out.target.values()])
         errors = [(target_BD - out.y[source]).square().sum() for source, target_BD in out.target.items()]
@@ -89,7 +91,11 @@ class Trainer:
         # 1 - |x - y|^2 / |x - mean|^2 of the batch, per source: for the log. `measure` sums over all rows.
         fve = {f"fve/{source}": 1 - error_W[n] / spread_W[n] for n, source in enumerate(out.target)}
         told = dict(zip(values, share_V, strict=True))
-        return {**told, "l0": fires_L.sum() / (rows * parallel.world()), **fve}
+        spans = self.dictionary.wiring.slices if len(self.dictionary.wiring.spans) > 1 else {}
+        for name, one in {"": slice(None), **{f"/{name}": one for name, one in spans.items()}}.items():
+            told[f"l0{name}"] = fires_L[one].sum() / (rows * parallel.world())
+            told[f"dead{name}"] = dead_L[one].float().mean()
+        return {**told, **fve}
 
     @torch.no_grad()
     def trained(self) -> Dictionary:

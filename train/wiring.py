@@ -33,6 +33,7 @@ class Wiring:
 
     spans: tuple[Span, ...]
     widths: dict[str, int]
+    skip: bool = False  # writers are given a linear map of the readers, beside what the latents write
 
     def __post_init__(self) -> None:
         for span in self.spans:
@@ -53,6 +54,9 @@ class Wiring:
                 raise WiringError(f"span {span.name} names an unknown source", ", ".join(strangers), f"Known: {known}")
         if len(self.slices) < len(self.spans):
             raise WiringError("two spans have one name", ", ".join(s.name for s in self.spans), "Rename one")
+        if self.skip and (both := sorted(set(self.readers) & set(self.writers))):
+            value = f"{', '.join(both)} is both read and written"
+            raise WiringError("a skip connection would copy a source", value, "Leave out wiring.skip")
 
     @property
     def latents(self) -> int:
@@ -168,4 +172,4 @@ def with_k(wiring: Wiring, k: Mapping[str, int]) -> Wiring:
     """The same with budgets of their own for these spans. Raises WiringError for a name that is none of theirs."""
     if strangers := sorted(set(k) - set(wiring.slices)):
         raise WiringError("wiring.k names an unknown span", ", ".join(strangers), f"Spans: {', '.join(wiring.slices)}")
-    return Wiring(tuple(replace(span, k=k.get(span.name, span.k)) for span in wiring.spans), wiring.widths)
+    return replace(wiring, spans=tuple(replace(span, k=k.get(span.name, span.k)) for span in wiring.spans))

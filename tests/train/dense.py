@@ -5,7 +5,7 @@ Written from the formulas alone, with no call into the kernels, so that kernels 
 Letters: B rows of a batch, D width of a source, L latents.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +36,11 @@ class Dense:
     bias: dict[str, Tensor]
     bias_L: Tensor
     own: dict[str, Tensor]  # what else the activation has per latent
+    skip: dict[str, Tensor]
+    x: Mapping[str, Tensor]  # the rows that a skip connection passes on
 
     @classmethod
-    def of(cls, dictionary: Dictionary) -> "Dense":
+    def of(cls, dictionary: Dictionary, x: Mapping[str, Tensor] | None = None) -> "Dense":
         def leaf(value: Tensor) -> Tensor:
             return value.detach().double().requires_grad_()
 
@@ -47,11 +49,12 @@ class Dense:
             for table in (dictionary.encoder, dictionary.decoder, dictionary.bias)
         ]
         own = {name: leaf(value) for name, value in dictionary.activation.named_parameters() if name != "bias_L"}
-        return cls(dictionary.wiring, *tables, leaf(dictionary.activation.bias_L), own)
+        skip = {name: leaf(dictionary.skip[name]) for name in dictionary.skip}
+        return cls(dictionary.wiring, *tables, leaf(dictionary.activation.bias_L), own, skip, x or {})
 
     def leaves(self) -> dict[str, Tensor]:
         """By the names that the dictionary's parameters have."""
-        tables = {"encoder": self.encoder, "decoder": self.decoder, "bias": self.bias}
+        tables = {"encoder": self.encoder, "decoder": self.decoder, "bias": self.bias, "skip": self.skip}
         named = {f"{table}.{source}": value for table, values in tables.items() for source, value in values.items()}
         own = {f"activation.{name}": value for name, value in {"bias_L": self.bias_L, **self.own}.items()}
         return {**named, **own}
@@ -76,14 +79,26 @@ class Dense:
             "mixed": torch.where(square_L > 0, square_L, 1.0).sqrt() * (square_L > 0) + 0.1 * length_WL.sum(0),
             "mean": length_WL.sum(0) / count_L,
             "none": torch.ones(len(count_L), dtype=torch.float64),
+            "decoupled": length_WL,
         }[kind]
 
-    def y(self, f_BL: Tensor, bias: bool = True) -> dict[str, Tensor]:
-        return {
-            name: torch.einsum("bl,ld->bd", f_BL, full(weights, places(self.wiring, name, "writers")))
-            + (self.bias[name] if bias else 0)
-            for name, weights in self.decoder.items()
-        }
+    def y(self, codes: Tensor | Mapping[str, Tensor], bias: bool = True) -> dict[str, Tensor]:
+        """What codes [B, L] write, of all sources or of each."""
+        made = {}
+        for name, weights in self.decoder.items():
+            f_BL = codes if isinstance(codes, Tensor) else codes[name]
+            made[name] = torch.einsum("bl,ld->bd", f_BL, full(weights, places(self.wiring, name, "writers")))
+            if bias:
+                passed = [self.x[key.partition(" to ")[0]].double() @ W.T for key, W in self.skip.items()]
+                made[name] = sum(passed, made[name] + self.bias[name])
+        return made
+
+    def chosen(self, f_BL: Tensor, norm_L: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor | dict[str, Tensor]:
+        """The codes that a mask keeps by their scores f x norm; of norms per source, those of each."""
+        if norm_L.ndim == 1:
+            return f_BL * mask((f_BL * norm_L).detach())
+        scores = {name: (f_BL * own_L).detach() for name, own_L in zip(self.decoder, norm_L, strict=True)}
+        return {name: f_BL * (mask(score_BL) & (score_BL > 0)) for name, score_BL in scores.items()}
 
 
 def top_mask(score_BL: Tensor, count: int) -> Tensor:

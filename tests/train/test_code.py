@@ -29,7 +29,7 @@ def made(seed: int, rows: int = 5) -> tuple[DenseCode, SparseCode]:
 
 def ports(case: str, source: str) -> Ports:
     made_of = wiring(case)
-    return Ports.of(made_of.written_to(source), made_of.latents)
+    return Ports.of(source, made_of.written_to(source), made_of.latents)
 
 
 @given(CASE, SEED)

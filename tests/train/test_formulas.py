@@ -53,25 +53,25 @@ def ghost(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor) -> Tensor:
 def topk(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor, form: str = "input", multi: float = 0) -> Tensor:
     """|x - y|^2 + AuxK / 32 (+ |x - y of 4 k|^2 / 8)"""
     f_BL = dense.h(x).clamp_min(0)
-    score_BL = (f_BL * norm_L).detach()
-    y = dense.y(f_BL * top_mask(score_BL, K))
-    more = multi * squared(x, dense.y(f_BL * top_mask(score_BL, 4 * K))) if multi else 0
+    y = dense.y(dense.chosen(f_BL, norm_L, lambda score_BL: top_mask(score_BL, K)))
+    more = multi * squared(x, dense.y(dense.chosen(f_BL, norm_L, lambda score_BL: top_mask(score_BL, 4 * K))))
     return squared(x, y) + aux(dense, x, y, dead_L, K_AUX, form) / 32 + more
 
 
 def batch_topk(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor) -> Tensor:
     f_BL = dense.h(x).clamp_min(0)
-    y = dense.y(f_BL * top_mask_of_batch((f_BL * norm_L).detach(), K * ROWS))
+    y = dense.y(dense.chosen(f_BL, norm_L, lambda score_BL: top_mask_of_batch(score_BL, K * ROWS)))
     return squared(x, y) + aux(dense, x, y, dead_L, K_AUX) / 32
 
 
 def matryoshka(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor) -> Tensor:
     """The mean over prefixes (a quarter, then all, of every span) of |x - y of the prefix|^2, + AuxK / 32"""
     f_BL = dense.h(x).clamp_min(0)
-    f_BL = f_BL * top_mask_of_batch((f_BL * norm_L).detach(), K * ROWS)
+    codes = dense.chosen(f_BL, norm_L, lambda score_BL: top_mask_of_batch(score_BL, K * ROWS))
     early_L = torch.cat([torch.arange(span.size) < round(span.size / 4) for span in dense.wiring.spans])
-    prefixes = [squared(x, dense.y(f_BL * early_L)), squared(x, dense.y(f_BL))]
-    return sum(prefixes) / 2 + aux(dense, x, dense.y(f_BL), dead_L, K_AUX) / 32
+    early = codes * early_L if isinstance(codes, Tensor) else {name: f_BL * early_L for name, f_BL in codes.items()}
+    prefixes = [squared(x, dense.y(early)), squared(x, dense.y(codes))]
+    return sum(prefixes) / 2 + aux(dense, x, dense.y(codes), dead_L, K_AUX) / 32
 
 
 def gate(dense: Dense, x: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,10 +79,8 @@ def gate(dense: Dense, x: Rows) -> tuple[Tensor, Tensor, Tensor]:
     inner_BL = dense.h(x) - dense.bias_L
     pi_BL = inner_BL + dense.bias_L
     size_BL = (dense.own["rescale_L"].exp() * inner_BL + dense.own["magnitude_L"]).clamp_min(0)
-    frozen = Dense(
-        dense.wiring, dense.encoder, *[{n: v.detach() for n, v in t.items()} for t in (dense.decoder, dense.bias)],
-        dense.bias_L, {},
-    )  # fmt: skip
+    decoder, bias, skip = ({n: v.detach() for n, v in t.items()} for t in (dense.decoder, dense.bias, dense.skip))
+    frozen = Dense(dense.wiring, dense.encoder, decoder, bias, dense.bias_L, {}, skip, x)
     return (pi_BL > 0) * size_BL, pi_BL.clamp_min(0), squared(x, frozen.y(pi_BL.clamp_min(0)))
 
 
@@ -157,9 +155,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], Formula]] = {
 }  # fmt: skip
 
 
-def made(case: str, table: dict[str, Any], norm: str) -> Trainer:
+def made(case: str, table: dict[str, Any], norm: str, skip: bool = False) -> Trainer:
     """Weights as in the head of this file."""
-    wires = {"kind": CASES[case][0], "latents": cases.LATENTS, "norm": norm}
+    wires = {"kind": CASES[case][0], "latents": cases.LATENTS, "norm": norm, "skip": skip}
     trainer = cases.trainer(case, table["name"], STEPS, method=table, wiring=wires)
     dictionary = trainer.dictionary.double()
     generator = torch.Generator().manual_seed(3)
@@ -188,25 +186,21 @@ def rows(case: str) -> dict[str, Tensor]:
 def untied(key: str, grad: Tensor, dense: Dense) -> Tensor:
     """A gradient per latent, [L, ...], those of two latents that are alike as their sum: either may be kept."""
     table, _, source = key.partition(".")
-    if table == "bias":
+    if table in ("bias", "skip"):
         return grad
     if table in ("encoder", "decoder"):
         grad = full(grad, places(dense.wiring, source, "readers" if table == "encoder" else "writers"))
     return torch.cat([grad[:21], grad[21:24] + grad[24:27], grad[27:]])
 
 
-@pytest.mark.parametrize("norm", ["sum", "joint"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", CASES)
-def test_the_loss_and_every_gradient_equal_the_formula(case: str, variant: str, norm: str) -> None:
+def agree(case: str, variant: str, norm: str, skip: bool = False) -> None:
+    """The loss, and every gradient, of this variant are those of its formula."""
     table, formula = VARIANTS[variant]
-    if case == "transcoder" and table.get("aux_form") == "error":
-        pytest.skip("refused: there is no error of what is only read")
-    trainer, x = made(case, table, norm), rows(case)
+    trainer, x = made(case, table, norm, skip), rows(case)
     dictionary, dead_L = trainer.dictionary, torch.arange(cases.LATENTS) % 2 == 0
     out, now = dictionary(x), Now(STEP, dead_L)
     value = torch.stack([term.weight(STEP) * term(dictionary, out, now) for term in trainer.terms]).sum()
-    dense = Dense.of(dictionary)
+    dense = Dense.of(dictionary, x)
     wanted = formula(dense, x, dead_L, dense.norm(norm))
     assert value.item() == pytest.approx(wanted.item(), rel=1e-12)
     parameters = dict(dictionary.named_parameters())
@@ -216,6 +210,27 @@ def test_the_loss_and_every_gradient_equal_the_formula(case: str, variant: str, 
         same = [untied(key, one, dense) for one in (grad, right[key])]
         torch.testing.assert_close(*same, rtol=1e-9, atol=1e-11, msg=key)
     assert all(found[key].any() for key in ("activation.bias_L", *(f"decoder.{name}" for name in dictionary.decoder)))
+    assert not skip or found["skip.a to b"].any()
+
+
+@pytest.mark.parametrize("norm", ["sum", "joint"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_and_every_gradient_equal_the_formula(case: str, variant: str, norm: str) -> None:
+    if case == "transcoder" and VARIANTS[variant][0].get("aux_form") == "error":
+        pytest.skip("refused: there is no error of what is only read")
+    agree(case, variant, norm)
+
+
+@pytest.mark.parametrize("variant", ["topk", "topk with the error's AuxK", "multi-topk", "batch_topk", "matryoshka"])
+@pytest.mark.parametrize("case", ["crosscoder", "dedicated", "dedicated of 3"])
+def test_of_decoupled_sources_each_selects_by_its_own_decoder_norms(case: str, variant: str) -> None:
+    agree(case, variant, "decoupled")
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if "error" not in variant])
+def test_a_skip_connection_is_learned_beside_the_latents(variant: str) -> None:
+    agree("transcoder", variant, "sum", skip=True)
 
 
 def test_every_method_has_its_formula_here() -> None:

@@ -122,8 +122,8 @@ class Problem:
         self.wiring: Wiring = wiring(case, LATENTS)
         generator = torch.Generator().manual_seed(seed)
         self.x = {name: x_BD.to(dtype) for name, x_BD in random_rows(case, ROWS, seed).items()}
-        self.reads = {n: Ports.of(self.wiring.read_by(n), LATENTS) for n in self.wiring.readers}
-        self.writes = {n: Ports.of(self.wiring.written_to(n), LATENTS) for n in self.wiring.writers}
+        self.reads = {n: Ports.of(n, self.wiring.read_by(n), LATENTS) for n in self.wiring.readers}
+        self.writes = {n: Ports.of(n, self.wiring.written_to(n), LATENTS) for n in self.wiring.writers}
 
         def leaf(rows: int, *width: int) -> Tensor:
             return torch.randn(rows, *width, generator=generator, dtype=dtype).requires_grad_()

@@ -75,5 +75,5 @@ class Nested(Term):
         for source, x_BD in out.target.items():
             weights_SD, ports = dictionary.decoder[source], dictionary.writes[source]
             y_BGD = out.code.write_groups(weights_SD, ports, self.group_L, self.groups).cumsum(1)
-            parts.append((x_BD[:, None] - y_BGD - dictionary.bias[source]).square().sum(2).mean())
+            parts.append(((x_BD - out.base[source])[:, None] - y_BGD).square().sum(2).mean())
         return torch.stack(parts).sum()

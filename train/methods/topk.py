@@ -4,19 +4,17 @@ f = relu(h) where relu(h) x norm is among the row's k largest
 loss = |x - y|^2 + aux x AuxK + multi x |x - y of the 4 k largest|^2
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import relu
 
-from train.activation import Budgets
-from train.code import Activation, Forward, Pre, SparseCode
-from train.kernels import top_per_row
+from train.activation import Selecting
+from train.code import Forward
+from train.kernels import Entries, top_per_row
 from train.method import Method, TopKConfig
 from train.objective import Now, Reconstruction, Term, squared_error
-from train.schedule import Schedule, constant
+from train.schedule import constant
 from train.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -37,23 +35,11 @@ class Config(TopKConfig):
         return Method(activation, [*terms, *([Multi("multi", constant(self.multi))] if self.multi else [])])
 
 
-class TopK(Activation):
+class TopK(Selecting):
     """f = relu(h) on the k largest relu(h) x norm of every row."""
 
-    def __init__(self, wiring: Wiring, k: Schedule) -> None:
-        super().__init__(wiring.latents)
-        self.budgets = Budgets(wiring, k)
-        self.schedule(0)
-
-    def forward(self, pre: Pre, norm_L: Tensor) -> SparseCode:
-        return self.strongest(pre, norm_L, self.counts)
-
-    def strongest(self, pre: Pre, norm_L: Tensor, counts: Sequence[int]) -> SparseCode:
-        entries = self.budgets.select(relu(pre.h_BL) * norm_L.detach(), counts, top_per_row)
-        return SparseCode(entries, relu(pre.at(entries)))
-
-    def schedule(self, step: int) -> None:
-        self.counts = self.budgets.counts(step)
+    def pick(self, score_BL: Tensor, writer: int) -> Entries:
+        return self.budgets.select(score_BL, self.counts, top_per_row)
 
 
 class Multi(Term):
@@ -61,5 +47,8 @@ class Multi(Term):
 
     def forward(self, dictionary: "Dictionary", out: Forward, now: Now) -> Tensor:
         activation = cast(TopK, dictionary.activation)
-        code = activation.strongest(out.pre, out.norm_L, [MULTI * k for k in activation.budgets.counts(now.step)])
-        return squared_error(out.target, dictionary.written(code))
+        counts = [MULTI * k for k in activation.budgets.counts(now.step)]
+        code = activation.kept(
+            out.pre, out.norm_L, lambda score, _: activation.budgets.select(score, counts, top_per_row)
+        )
+        return squared_error(out.target, dictionary.written(code, out.base))
