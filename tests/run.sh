@@ -15,4 +15,4 @@ export PATH="$PWD/.venv-test/bin:$PATH" HF_HUB_OFFLINE=1
 ruff format --check .
 ruff check .
 mypy
-pytest -n 2 --dist loadfile "$@"
+pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

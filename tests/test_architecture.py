@@ -111,6 +111,7 @@ MODULES: dict[str, dict[str, str]] = {
         "plan": "what runs take, and which of them are trained at once",
         "together": "the runs of one pass, on one loader",
         "spread": "runs over GPUs, a process each",
+        "stream": "a run on batches that are made as they are needed, without a store",
         "fit": "runs from store to report, from their beginning or their last checkpoint",
         "batches": "rows of a store for loops of one's own: as training reads them, in file order, or in groups",
         "outlook": "what runs would read and take, told before they begin",

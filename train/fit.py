@@ -1,6 +1,6 @@
 """Runs from store to report, from their beginning or their last checkpoint, one by one or as many as fit at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from shared.errors import ConfigError, GranaryError
 from shared.log import Log
 from shared.mixture import Place, open_mixture
 from shared.view import View
-from train import parallel, plan, prepare, report, run, spread, together
+from train import parallel, plan, prepare, report, run, spread, stream, together
 from train.config import TrainConfig
 from train.dictionary import Dictionary
 from train.prepare import Ready
@@ -45,16 +45,25 @@ class Sweep:
     failed: dict[Path, GranaryError]
 
 
-def fit(store: Place | Sequence[Place], config: Config, folder: str | Path | None = None, quiet: bool = False) -> Run:
-    """Train one dictionary on a store, or on several as one (shared.mixture), open or by their paths.
+def fit(
+    store: Place | Sequence[Place] | Iterator[stream.Rows], config: Config, folder: str | Path | None = None,
+    quiet: bool = False,
+) -> Run:  # fmt: skip
+    """Train one dictionary on a store, or on several as one (shared.mixture), open or by their paths; or on batches
+    {source: float32 [batch, width]} of an iterator, without a store (train.stream).
 
     `config` is a TrainConfig or its tables as a mapping.
 
     The folder (none: a new one below runs/) gets config.toml, store.json, metrics.jsonl, checkpoints/, dictionary/,
-    measure.json, report.html and what the trackers of `log` write. Raises ConfigError, WiringError, StoreError,
-    TrainingError or CheckpointError.
+    measure.json, report.html and what the trackers of `log` write. Batches of an iterator are taken as they are
+    (scale.kind none), measured on those that follow, and not to be had again: such a run keeps no checkpoints and
+    cannot go on. Raises ConfigError, WiringError, StoreError, TrainingError, CheckpointError, or RowsError for batches
+    that do not fit.
     """
-    asked, opened = _parsed(config), open_mixture(store)
+    asked = _parsed(config)
+    if isinstance(store, Iterator):
+        return _result(stream.train(store, asked, folder, quiet))
+    opened = open_mixture(store)
     parallel.first(lambda: run.require_free(folder))
     [ready] = prepare.ready(opened, [asked])
     plan.require_memory(ready)

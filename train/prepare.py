@@ -24,15 +24,12 @@ READ = 4096  # rows at once
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A run that can begin: its config, and what follows from it on its store."""
+class Shape:
+    """What a trainer is made of."""
 
     config: TrainConfig
     wiring: Wiring
-    order: Order
-    dropped: dict[str, int]
     device: torch.device
-    owned: dict[str, int]  # bytes of a row of each stored source that is not mapped: of it two windows are in memory
 
     @property
     def sources(self) -> list[str]:
@@ -41,6 +38,15 @@ class Ready:
     @property
     def name(self) -> str:
         return f"{self.config.wiring.kind} {self.config.method.name}"
+
+
+@dataclass(frozen=True)
+class Ready(Shape):
+    """A run that can begin: its config, and what follows from it on its store."""
+
+    order: Order
+    dropped: dict[str, int]
+    owned: dict[str, int]  # bytes of a row of each stored source that is not mapped: of it two windows are in memory
 
     @property
     def notes(self) -> list[str]:
@@ -60,8 +66,25 @@ def ready(store: View, asked: Sequence[TrainConfig]) -> list[Ready]:
 
 
 def _ready(store: View, asked: TrainConfig, kept: dict[str, Kept], orders: dict[tuple[str, int], Order]) -> Ready:
+    sources = asked.wiring.sources or list(store.header.sources)
+    widths = Sources(store, sources).widths
+    if len(widths) < len(sources):
+        raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
+    made = shape(asked, widths)
+    order, dropped = _order(store, asked, kept, orders)
+    if asked.batch > order.kept:
+        value = f"{asked.batch:,} > {order.kept:,}"
+        raise ConfigError("the batch is larger than the rows that are kept", value, "Lower batch, or harvest more rows")
+    read = store.through(asked.read.access)
+    stored = [part for part in Sources(store, widths).stored if read.activations(part, read.access).owns]
+    owned = {part: store.dtype.itemsize * store.source(part).width for part in stored}
+    return Ready(asked, made.wiring, made.device, order, dropped, owned)
+
+
+def shape(asked: TrainConfig, widths: Mapping[str, int]) -> Shape:
+    """Check everything that can be wrong with a run on sources of these widths. Raises ConfigError or WiringError."""
     trackers.require(asked.log)
-    wires = _wiring(store, asked)
+    wires = _wiring(asked, widths)
     if asked.method.settled() > asked.steps:
         value = f"{asked.method.settled()} > {asked.steps}"
         raise ConfigError("the method's schedule is longer than the run", value, "Raise steps, or shorten the schedule")
@@ -76,16 +99,8 @@ def _ready(store: View, asked: TrainConfig, kept: dict[str, Kept], orders: dict[
         raise ConfigError("latents cannot be resampled outside of the run", value, "Change resample.steps")
     if asked.wiring.decoder == "unit" and asked.wiring.decoder_norm is not None:
         raise ConfigError("decoders of length 1 have no other", "wiring.decoder_norm", "Leave one of the two out")
-    device = device_of(asked.device)
     parallel.share(asked.batch)  # refuses one that the ranks cannot share
-    order, dropped = _order(store, asked, kept, orders)
-    if asked.batch > order.kept:
-        value = f"{asked.batch:,} > {order.kept:,}"
-        raise ConfigError("the batch is larger than the rows that are kept", value, "Lower batch, or harvest more rows")
-    read = store.through(asked.read.access)
-    stored = [part for part in Sources(store, wires.widths).stored if read.activations(part, read.access).owns]
-    owned = {part: store.dtype.itemsize * store.source(part).width for part in stored}
-    return Ready(asked, wires, order, dropped, device, owned)
+    return Shape(asked, wires, device_of(asked.device))
 
 
 def _order(
@@ -102,11 +117,7 @@ def _order(
     return orders[rows, asked.batch], kept[rows].dropped
 
 
-def _wiring(store: View, asked: TrainConfig) -> Wiring:
-    sources = asked.wiring.sources or list(store.header.sources)
-    widths = Sources(store, sources).widths
-    if len(widths) < len(sources):
-        raise ConfigError("a source is named twice", ", ".join(sources), "Name each source once in wiring.sources")
+def _wiring(asked: TrainConfig, widths: Mapping[str, int]) -> Wiring:
     wires = replace(_of_kind(asked.wiring, widths), skip=asked.wiring.skip)
     if asked.wiring.k and "k" not in type(asked.method).model_fields:
         raise ConfigError("this method keeps no k latents", f"{asked.method.name}, wiring.k", "Leave out wiring.k")
@@ -155,7 +166,7 @@ def _points(store: View, made: Ready, scaled: Scale) -> dict[str, torch.Tensor]:
     return {name: of(scaled.scaled(name, torch.cat([x[name] for x in read]))).float() for name in writers}
 
 
-def initialised(made: Ready, scaled: Scale) -> Trainer:
+def initialised(made: Shape, scaled: Scale) -> Trainer:
     """The trainer at step 0, over rows of this scale."""
     trainer = blank(made, scaled)
     asked = made.config.wiring
@@ -167,7 +178,7 @@ def initialised(made: Ready, scaled: Scale) -> Trainer:
     return trainer
 
 
-def blank(made: Ready, scaled: Scale | None = None) -> Trainer:
+def blank(made: Shape, scaled: Scale | None = None) -> Trainer:
     """The trainer with weights of 0, and (none given) without a scale: for a checkpoint to fill."""
     asked = made.config
     scaled = scaled or Scale(made.wiring.widths)

@@ -63,7 +63,7 @@ def _page(
 def _origin(origin: Mapping[str, Any]) -> str:
     rows = [[name, one["model"], one["site"], str(one["width"])] for name, one in origin["sources"].items()]
     names = ", ".join(Path(path).name for path in origin["paths"])
-    store = f"Store {names}, {origin['rows']:,} rows, id {origin['id'][:16]}"
+    store = f"Store {names}, {origin['rows']:,} rows, id {origin['id'][:16]}" if names else "Batches made as needed"
     return _table([["source", "model", "site", "width"], *rows]) + f'<p class="note">{html.escape(store)}</p>'
 
 

@@ -110,8 +110,12 @@ def config_of(folder: Path) -> TrainConfig:
 
 
 def store_of(folder: Path, store: View | None = None) -> View:
-    """The store that a run began on, where it was or as it is given. Raises StoreError where it is another one."""
+    """The store that a run began on, where it was or as it is given. Raises StoreError where it is another one,
+    CheckpointError where there was none."""
     began = files.read_json(folder / report.STORE)
+    if not began["paths"]:
+        way_out = "Train it again; from Python, train.measure.Measure takes further batches"
+        raise CheckpointError("this run read no store, but batches that were made for it", folder, way_out)
     opened = store or _where_it_was(began["paths"])
     if (opened.header.id, opened.seals) != (began["id"], began.get("seals")):
         way_out = f"Give the store whose id begins with {began['id'][:12]}, as it was"
@@ -119,6 +123,12 @@ def store_of(folder: Path, store: View | None = None) -> View:
             way_out = f"Give these as they were, in this order: {', '.join(began['paths'])}"
         raise StoreError("this is not the store that the run began on", opened.place, way_out)
     return opened
+
+
+def begin_without_store(folder: Path, widths: Mapping[str, int]) -> None:
+    """Write down that a run is trained on batches that were made as they were needed."""
+    sources = {name: {"model": "-", "site": "-", "width": width} for name, width in widths.items()}
+    files.write_json(folder / report.STORE, {"id": "", "paths": [], "rows": 0, "sources": sources})
 
 
 def _where_it_was(paths: list[str]) -> View:
@@ -202,7 +212,7 @@ class Training:
         logs, saves = (self.finished or step % n == 0 for n in (every.every, every.checkpoint))
         if not (logs or saves):
             return None
-        values = _finite(self._record, step)
+        values = finite(self._record, step)
         if logs:
             self.log.event("step", step=step, **values, **told)
             self.trackers.step(step, values | told)
@@ -231,7 +241,7 @@ class Training:
             way_out = "Its last checkpoint is of the store as it was: harvest verify tells what the store is now"
             raise TrainingError("the store has changed under this run", self.store.place, way_out)
         if self._record:
-            _finite(self._record, step)
+            finite(self._record, step)
         if not all(bool(weights.isfinite().all()) for weights in self.trainer.parameters):
             raise DivergenceError("the weights are not finite", f"after step {step}", "Lower optimiser.lr")
         if parallel.rank() == 0:
@@ -250,7 +260,7 @@ def _cut(metrics: Path, step: int) -> None:
     files.write_atomic(metrics, "".join(kept).encode())
 
 
-def _finite(record: Mapping[str, Tensor], step: int) -> dict[str, float]:
+def finite(record: Mapping[str, Tensor], step: int) -> dict[str, float]:
     """The figures of a step as numbers, but those that have none: a batch of equal rows has no FVE.
 
     Weights behind a loss or gradient that is not finite are not worth keeping.

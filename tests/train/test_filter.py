@@ -95,6 +95,11 @@ def test_a_filter_is_what_its_words_say_row_by_row(store: Store, asked: RowsConf
     names = asked.sources or ["a", "b"]
     start, stop = asked.span
     column = {name: store.column(name) for name in ("rows/document", "documents/split")}
+    of_source = {name: [store.column(f"{table}/{name}") for table in ("norms", "faults")] for name in names}
+    of_model = {
+        name: [store.column(f"rows/{store.source(name).model}/{table}") for table in ("flags", "position")]
+        for name in names
+    }
     scale = store.header.scale
     assert scale is not None
     expected = []
@@ -105,12 +110,11 @@ def test_a_filter_is_what_its_words_say_row_by_row(store: Store, asked: RowsConf
             tens = {"document-0": [0], "document-1": [1], "document-[2-5]": range(2, 6), "*7": [7], "*": range(10)}
             drops.append(not any(document in tens[one] for one in asked.documents))
         for name in names:
-            model = store.source(name).model
-            norm, fault = store.column(f"norms/{name}")[row], store.column(f"faults/{name}")[row]
+            (norm, fault), (flags, position) = ([one[row] for one in of[name]] for of in (of_source, of_model))
             drops += [
                 bool(fault & MASKED),
-                asked.special == "drop" and bool(store.column(f"rows/{model}/flags")[row] & SPECIAL),
-                not start <= store.column(f"rows/{model}/position")[row] < stop,
+                asked.special == "drop" and bool(flags & SPECIAL),
+                not start <= position < stop,
                 asked.max_norm_multiple > 0 and norm > asked.max_norm_multiple * scale[name]["median_norm"],
             ]
         expected.append(not any(drops))

@@ -1,0 +1,123 @@
+"""A run on batches that are made as they are needed, such as those of a toy model: no store, and no checkpoints.
+
+Letters: B rows of a batch, D width of a source.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared import files
+from shared.device import memory_minded, torch_threads
+from shared.errors import ConfigError, RowsError, TrainingError
+from shared.log import Log, bar
+from train import measure, parallel, prepare, report, run
+from train.calibrate import calibrate_on
+from train.config import InitConfig, ReadConfig, ResampleConfig, RowsConfig, ScaleConfig, TrainConfig
+from train.dictionary import Dictionary
+from train.prepare import Shape
+from train.scale import Scale
+from train.trackers import Trackers
+from train.trainer import Trainer
+
+Rows = Mapping[str, Tensor]  # {source: float32 [B, D]}
+NONE = ScaleConfig(kind="none", centre=False)
+FIXED = {"rows": RowsConfig(), "read": ReadConfig(), "resample": ResampleConfig()}  # of what there is not
+
+
+class Stream:
+    """Batches of an iterator, whose widths are those of the first."""
+
+    def __init__(self, rows: Iterator[Rows], config: TrainConfig) -> None:
+        first = next(rows, None)
+        if first is None:
+            raise ConfigError("the iterator gives no batch", "batches of rows", "Give {source: rows [B, width]}")
+        names = config.wiring.sources or list(first)
+        if missing := [name for name in names if name not in first]:
+            raise ConfigError("the batches have no such source", missing[0], f"They have: {', '.join(first)}")
+        self._rows, self.batch, self.taken = chain([first], rows), config.batch, 0
+        self.widths = {name: first[name].shape[1] for name in names}
+
+    def take(self, count: int, device: torch.device) -> Iterator[Rows]:
+        """So many batches. Raises RowsError for one of another shape, TrainingError where there are no more."""
+        for x in islice(self._rows, count):
+            for name, width in self.widths.items():
+                if name not in x or tuple(x[name].shape) != (self.batch, width):
+                    found = tuple(x[name].shape) if name in x else "no rows"
+                    value, way_out = (
+                        f"{name}: {found}, not ({self.batch}, {width})",
+                        "All have `batch` rows of one width",
+                    )
+                    raise RowsError(f"batch {self.taken:,} does not fit the run", value, way_out)
+            self.taken, count = self.taken + 1, count - 1
+            yield {name: x[name].to(device, torch.float32) for name in self.widths}
+        if count:
+            raise TrainingError(
+                "the batches have come to an end", f"after {self.taken:,}", f"{count:,} more are needed"
+            )
+
+
+def train(rows: Iterator[Rows], config: TrainConfig, folder: str | Path | None, quiet: bool) -> Path:
+    """Train, measure on further batches, and report. Returns the run's folder.
+
+    Raises ConfigError, WiringError, RowsError or TrainingError.
+    """
+    _require(config)
+    run.require_free(folder)
+    stream = Stream(rows, config)
+    made = prepare.shape(config, stream.widths)
+    path = run.claim(folder, config)
+    run.begin_without_store(path, stream.widths)
+    with torch_threads(config.threads), Log(path / report.METRICS, quiet) as log, memory_minded("while it was trained"):
+        log.event("start", f"training {made.name} in {path}: {config.steps:,} steps of {config.batch:,} rows")
+        trainer, trackers = prepare.initialised(made, Scale(made.wiring.widths)), Trackers(path, config, log)
+        with trackers.opened(0):
+            _steps(stream, trainer, made, log, trackers)
+            dictionary, count = trainer.trained(), -(-config.log.measure_rows // config.batch)
+            if config.method.calibrates():
+                calibrate_on(dictionary, stream.take(count, made.device))
+            dictionary.save(path / "dictionary")
+            figures = _measured(dictionary, bar("measuring", "batches", count, stream.take(count, made.device), quiet))
+            files.write_json(path / report.MEASURE, figures)
+            log.event("measure", figures=figures)
+            trackers.finish(trainer.step, figures)
+    report.write(path)
+    return path
+
+
+def _require(config: TrainConfig) -> None:
+    """Raises ConfigError for what takes a store."""
+    if parallel.world() > 1:
+        raise ConfigError("ranks share no iterator", f"{parallel.world()} ranks", "Train on one")
+    if config.scale != NONE:
+        way_out = 'Scale them, and set scale = {kind = "none", centre = false}'
+        raise ConfigError("batches from an iterator have no known scale", f"scale.kind {config.scale.kind}", way_out)
+    if config.init.bias != InitConfig().bias:
+        raise ConfigError("a bias begins at rows of a store", f"init.bias {config.init.bias}", "Leave it out")
+    for name, default in FIXED.items():
+        if getattr(config, name) != default:
+            raise ConfigError("this is for runs on a store", f"[{name}]", "Leave it out")
+
+
+def _steps(stream: Stream, trainer: Trainer, made: Shape, log: Log, trackers: Trackers) -> None:
+    config, started = made.config, time.monotonic()
+    for x in bar("training", "steps", config.steps, stream.take(config.steps, made.device), log.quiet):
+        record = trainer.update(x)
+        if trainer.step % config.log.every == 0 or trainer.step == config.steps:
+            values = run.finite(record, trainer.step)
+            told = {"rows_s": trainer.step * config.batch / (time.monotonic() - started)}
+            log.event("step", step=trainer.step, **values, **told)
+            trackers.step(trainer.step, values | told)
+
+
+def _measured(dictionary: Dictionary, batches: Iterator[Rows]) -> dict[str, Any]:
+    total = measure.Measure(dictionary)
+    with measure.evaluating(dictionary):
+        for x in batches:
+            total.add(x)
+    return total.result() | {"training_rows": 0}
