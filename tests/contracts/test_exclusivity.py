@@ -9,17 +9,25 @@ Letters: B rows of a batch, L latents.
 """
 
 import copy
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from shared.store import Store
 from tests import cases
-from tests.contracts.test_purity import rows
+from tests.build import make_store
+from tests.contracts.test_purity import rows, same
 from train.dictionary import Dictionary
+from train.fit import fit, resume
 from train.method import find
 from train.objective import Now
+from train.reader import read
 from train.trainer import Trainer
 from train.wiring import Span
 
@@ -50,7 +58,7 @@ def exclusive(dictionary: Dictionary) -> list[tuple[str, Span, slice]]:
 def others_changed(x: dict[str, Tensor], source: str) -> list[dict[str, Tensor]]:
     """The same rows of `source`, with zeros, noise, and huge values in place of all others."""
     generator = torch.Generator().manual_seed(5)
-    changes = [torch.zeros_like, lambda t: torch.randn(t.shape, generator=generator), lambda t: 1e6 * t]
+    changes = [torch.zeros_like, lambda t: torch.randn(t.shape, generator=generator).to(t.dtype), lambda t: 1e6 * t]
     return [{name: t if name == source else change(t) for name, t in x.items()} for change in changes]
 
 
@@ -139,6 +147,54 @@ def test_codes_of_an_exclusive_span_see_other_sources_through_a_shared_budget(ca
             both_BL = (changed_BL > 0) & (f_BL[:, latents] > 0)
             assert (changed_BL > 0).sum() < (f_BL[:, latents] > 0).sum()  # the others take the budget
             assert torch.equal(changed_BL[both_BL], f_BL[:, latents][both_BL])  # what is kept keeps its value
+
+
+WHOLE: dict[str, Any] = {
+    "steps": 200, "batch": 32, "threads": 1, "device": "cpu", "dead_rows": 400, "log": {"checkpoint": 100},
+    "resample": {"steps": [50, 150], "rows": 100, "idle_rows": 64},
+    "optimiser": {"lr": 1e-2, "warmup": 10, "weight_decay": 0.01},
+}  # fmt: skip
+
+
+DEADLY = {"l1": 8.0, "lp": 8.0, "price": 30.0}  # prices at which some latents die on random rows
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("whole") / "store.zarr", rows=300, documents=20, sources=cases.WIDTHS)
+
+
+@every_method
+def test_after_decay_resampling_a_break_and_every_kind_of_copy_an_exclusive_latent_sees_its_own_source_alone(
+    name: str, store: Store, tmp_path: Path
+) -> None:
+    wires = {"kind": "dedicated", "latents": cases.LATENTS, "exclusive": 0.2}
+    keys = {key: price for key, price in DEADLY.items() if key in find(name).model_fields}
+    run = fit(store, {**WHOLE, "wiring": wires, "method": cases.method(name, **keys)}, tmp_path / "run", quiet=True)
+    whole = run.dictionary
+    for left in (run.folder / "checkpoints" / "step_00000200", run.folder / "report.html"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    events = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert any(sum(event["latents"].values()) for event in events if event["event"] == "resample")
+    resumed = resume(run.folder, quiet=True).dictionary
+    assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
+    resumed.save(tmp_path / "saved")
+    rounded = copy.deepcopy(resumed).to(torch.bfloat16)
+    [rows_] = read(store, store.header.sources, np.arange(100), 100)
+    for dictionary in (resumed, copy.deepcopy(resumed), Dictionary.load(tmp_path / "saved"), resumed.fold(), rounded):
+        x = {source: x_BD.to(dictionary.activation.bias_L.dtype) for source, x_BD in rows_.items()}
+        for source, _, latents in exclusive(dictionary):
+            h_BL, f_BL = dictionary.pre(x).h_BL, dictionary.encode(x)
+            alone_BL = torch.zeros_like(h_BL)
+            alone_BL[:, latents] = h_BL[:, latents].clamp_min(0)
+            y_BD = dictionary.decode(alone_BL)[source]
+            for changed in others_changed(x, source):
+                other_BL = dictionary.pre(changed).h_BL
+                assert torch.equal(other_BL[:, latents], h_BL[:, latents]) and not torch.equal(other_BL, h_BL)
+                alone_BL[:, latents] = other_BL[:, latents].clamp_min(0)
+                assert torch.equal(dictionary.decode(alone_BL)[source], y_BD)
+                if False in WITHOUT_BUDGET[name]:  # at evaluation
+                    assert torch.equal(dictionary.encode(changed)[:, latents], f_BL[:, latents])
 
 
 def own_parameters(trainer: Trainer, source: str, span: Span, latents: slice) -> dict[str, Tensor]:

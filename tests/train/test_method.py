@@ -1,7 +1,10 @@
 """Methods are found by their file names; what the methods that keep k latents have in common."""
 
 import importlib
+import json
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,12 @@ import torch
 
 import train.methods
 from shared.errors import ConfigError, WiringError
+from shared.store import Store
 from tests import cases
+from tests.build import make_store
 from train import method as methods
-from train.dictionary import Dictionary
+from train.fit import fit, resume
+from train.measure import measure
 from train.method import TopKConfig
 from train.wiring import build
 
@@ -127,19 +133,61 @@ class Doubled(Activation):
 '''
 
 
-def test_a_file_that_is_added_at_run_time_is_a_method_and_learns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "doubled.py").write_text(METHOD)
-    monkeypatch.setattr(train.methods, "__path__", [*train.methods.__path__, str(tmp_path)])
+@pytest.fixture
+def doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "doubled.py").write_text(METHOD)
+    monkeypatch.setattr(train.methods, "__path__", [*train.methods.__path__, str(tmp_path / "methods")])
     importlib.invalidate_caches()
-    try:
-        assert "doubled" in methods.names()
-        trainer = cases.trainer("dedicated", "doubled", method=methods.parse({"name": "doubled", "factor": 3.0}))
-        x = cases.random_rows("dedicated", 64)
-        losses = [float(trainer.update(x)["loss"]) for _ in range(30)]
-        assert losses[-1] < 0.7 * losses[0]
-        trainer.dictionary.eval().save(tmp_path / "saved")
-        assert torch.equal(Dictionary.load(tmp_path / "saved").encode(x), trainer.dictionary.encode(x))
-    finally:
-        sys.modules.pop("train.methods.doubled", None)
+    yield
+    sys.modules.pop("train.methods.doubled", None)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("method") / "store.zarr", rows=300, documents=20, sources=cases.WIDTHS)
+
+
+SPANS = [
+    {"name": "into_c", "size": 6, "readers": ["a", "b"], "writers": ["c"]},
+    {"name": "only_b", "size": 4, "readers": ["b"], "writers": ["b"]},
+    {"name": "rest"},
+]
+WIRINGS: dict[str, dict[str, Any]] = {
+    **{case: {"kind": kind, "sources": list(cases.WIDTHS)[:n]} for case, (kind, n) in cases.CASES.items()},
+    "spans": {"kind": "spans", "spans": SPANS},
+    "readers": {"kind": "crosscoder", "readers": ["a", "c"]},
+    "skip": {"kind": "transcoder", "sources": ["a", "b"], "skip": True},
+    "unit": {"kind": "dedicated", "decoder": "unit", "norm": "mixed"},
+}
+
+
+@pytest.mark.usefixtures("doubled")
+@pytest.mark.parametrize("case", WIRINGS)
+def test_a_file_that_is_added_at_run_time_is_trained_saved_resumed_and_measured(
+    case: str, store: Store, tmp_path: Path
+) -> None:
+    asked = {
+        "wiring": {"latents": 24, **WIRINGS[case]}, "method": {"name": "doubled", "factor": 3.0}, "steps": 30,
+        "batch": 32, "threads": 1, "device": "cpu", "log": {"every": 5, "checkpoint": 15},
+        "optimiser": {"lr": 1e-2, "warmup": 2},
+        "resample": {"steps": [10, 20], "rows": 50, "idle_rows": 1}, "dead_rows": 100,
+    }  # fmt: skip
+    whole = fit(store, asked, tmp_path / "run", quiet=True)
+    steps = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [event["loss"] for event in steps if event["event"] == "step"]
+    assert losses[-1] < 0.9 * losses[0]
+    shutil.rmtree(whole.folder / "checkpoints" / "step_00000030")
+    (whole.folder / "report.html").unlink()
+    again = resume(whole.folder, quiet=True)
+    state = whole.dictionary.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.dictionary.state_dict().items())
+    assert measure(again.dictionary, store, quiet=True) == whole.figures == again.figures
+    assert again.dictionary.method.model_dump() == {"name": "doubled", "factor": 3.0}
+
+
+@pytest.mark.usefixtures("doubled")
+def test_a_file_that_is_added_at_run_time_is_listed_and_its_keys_are_checked() -> None:
+    assert "doubled" in methods.names()
+    with pytest.raises(ConfigError, match=r"unknown key: method\.factr"):
+        methods.parse({"name": "doubled", "factr": 1})

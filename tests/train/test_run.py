@@ -16,7 +16,7 @@ from shared.store import Store
 from tests import cases
 from tests.build import make_store
 from train import checkpoint, report, run
-from train.run import Training, _cut, _finite
+from train.run import Training, _cut, finite
 
 
 @pytest.fixture
@@ -134,10 +134,10 @@ def test_the_log_ends_at_the_step_of_the_checkpoint_and_before_a_torn_line(tmp_p
 
 def test_a_loss_or_gradient_that_is_not_finite_is_refused() -> None:
     with pytest.raises(TrainingError, match="the gradient is not finite: nan at step 3"):
-        _finite({"loss": torch.tensor(1.0), "gradient": torch.tensor(float("nan"))}, 3)
+        finite({"loss": torch.tensor(1.0), "gradient": torch.tensor(float("nan"))}, 3)
     with pytest.raises(TrainingError, match="the loss is not finite: inf at step 3"):
-        _finite({"loss": torch.tensor(float("inf")), "gradient": torch.tensor(0.5)}, 3)
-    assert _finite({"loss": torch.tensor(1.0), "gradient": torch.tensor(0.5)}, 3)["gradient"] == 0.5
+        finite({"loss": torch.tensor(float("inf")), "gradient": torch.tensor(0.5)}, 3)
+    assert finite({"loss": torch.tensor(1.0), "gradient": torch.tensor(0.5)}, 3)["gradient"] == 0.5
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
