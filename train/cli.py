@@ -310,7 +310,11 @@ def show(
         print(f"source      {name}: width {width}, rows are scaled by {described['scale'][name]:.6g}")
     for span in described["spans"]:
         ends = " -> ".join(" + ".join(map(in_brackets, span[key])) for key in ("readers", "writers"))
-        print(f"span        {span['name']}: {span['size']:,} latents, {ends}")
+        own = {"one vector for all": span["tied"], f"keeps {span['k']}": span["k"], f"weight {span['weight']:g}": True}
+        told = [word for word, holds in own.items() if holds and word != "weight 1"]
+        print(f"span        {span['name']}: {span['size']:,} latents, {', '.join([ends, *told])}")
+    if described["skip"]:
+        print("skip        a linear map from what is read to what is written")
 
 
 def _opened(stores: list[str], below: str | None, quiet: bool) -> View:

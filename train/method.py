@@ -13,7 +13,7 @@ import train.methods
 from shared import config
 from shared.errors import ConfigError, WiringError
 from train.code import Activation
-from train.objective import AuxForm, AuxK, Entropy, Ghost, Power, PowerForm, Term
+from train.objective import AuxForm, AuxK, Entropy, Ghost, Power, PowerForm, ReconForm, Reconstruction, Term
 from train.schedule import Schedule, constant, ramp
 from train.wiring import Wiring
 
@@ -30,6 +30,10 @@ class MethodConfig(config.Config, ABC):
     """Base of the class `Config` that every method file defines."""
 
     name: str
+    recon: ReconForm = "squared"  # of a row and source: |x - y|^2, or |x - y| (norm), beside which penalties weigh more
+
+    def reconstruction(self) -> Term:
+        return Reconstruction("recon", constant(1.0), self.recon)
 
     def settled(self) -> int:
         """The step from which its schedules stand still."""
@@ -53,6 +57,12 @@ class PenaltyConfig(MethodConfig, ABC):
 
     entropy: float = Field(0.0, ge=0)  # weight of the entropy of a row's codes
     ghost: float = Field(0.0, ge=0)  # weight of ghost gradients, which teach dead latents (1: as published)
+
+    @model_validator(mode="after")
+    def _of_one_size(self) -> Self:
+        if self.ghost and self.recon == "norm":
+            raise ValueError("ghost gradients are scaled to a squared reconstruction error")
+        return self
 
     def weighs_codes(self) -> bool:
         return True

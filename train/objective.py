@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 AuxForm = Literal["input", "error"]
 PowerForm = Literal["lp", "lp_p"]
+ReconForm = Literal["squared", "norm"]
 RECENT = 10  # batches over which a penalty's size is carried from one power to the next (Karvonen et al. 2024)
 
 
@@ -51,10 +52,14 @@ class Term(nn.Module, ABC):
 
 
 class Reconstruction(Term):
-    """mean over rows of sum over written sources of |x - y|^2, in scaled space."""
+    """mean over rows of sum over written sources of |x - y|^2 (squared) or |x - y| (norm), in scaled space."""
+
+    def __init__(self, name: str, weight: Schedule, form: ReconForm = "squared") -> None:
+        super().__init__(name, weight)
+        self.form = form
 
     def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
-        return squared_error(out.target, out.y)
+        return error(out.target, out.y, self.form)
 
 
 class L1(Term):
@@ -201,9 +206,19 @@ class Ghost(Term):
         return _finite_or_none(value * (loss / ghosts.clamp_min(torch.finfo(value.dtype).tiny)))
 
 
+def error(x: Mapping[str, Tensor], y: Mapping[str, Tensor], form: ReconForm) -> Tensor:
+    """The mean over rows of the sum over sources of |x - y|^2, or of |x - y| (norm), a scalar."""
+    return torch.stack([lengths(x[source] - y[source], form).mean() for source in y]).sum()
+
+
 def squared_error(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
-    """The mean over rows of the sum over sources of |x - y|^2, a scalar."""
-    return torch.stack([(x[source] - y[source]).square().sum(1).mean() for source in y]).sum()
+    return error(x, y, "squared")
+
+
+def lengths(difference: Tensor, form: ReconForm) -> Tensor:
+    """Of vectors along the last dimension: squared, or as they are (norm), of 0 with a gradient of 0."""
+    squared = difference.square().sum(-1)
+    return squared if form == "squared" else _power(squared, 0.5)
 
 
 def _length(x: Mapping[str, Tensor]) -> Tensor:

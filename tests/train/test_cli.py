@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 
 from shared.store import Store
+from tests import cases
 from tests.build import make_store
 from tests.s3 import Bucket
 from train import cli, report
-from train.dictionary import Dictionary
+from train.dictionary import Dictionary, create
 from train.fit import fit
 from train.measure import measure
 from train.method import names
+from train.scale import Scale
 from train.trainer import Trainer
+from train.wiring import Span, Wiring
 
 SMALL = [
     "--steps", "4", "--batch", "16", "--threads", "1", "--latents", "32", "--set", "method.k=3", "--device", "cpu",
@@ -253,6 +256,16 @@ def test_show_says_what_a_dictionary_is(say: Say, run: Path) -> None:
     assert "span        only_a: 2 latents, a -> a" in said.out
     assert "span        shared: 28 latents, a + b -> a + b" in said.out
     assert "source      b: width 4, rows are scaled by " in said.out
+
+
+def test_show_says_what_is_special_about_spans(say: Say, tmp_path: Path) -> None:
+    spans = (Span("one", 6, ("a",), ("b",), k=2, weight=0.5), Span("two", 10, ("a",), ("b", "c"), tied=True))
+    wires = Wiring(spans, {"a": 4, "b": 6, "c": 6}, skip=True)
+    create(wires, cases.method("topk"), Scale(wires.widths), "sum", 1)[0].save(tmp_path / "d")
+    told = say("show", tmp_path / "d").out
+    assert "span        one: 6 latents, a -> b, keeps 2, weight 0.5\n" in told
+    assert "span        two: 10 latents, a -> b + c, one vector for all\n" in told
+    assert "\nskip        a linear map from what is read to what is written\n" in told
 
 
 def test_a_difference_is_a_source_of_run_measure_and_show(say: Say, tmp_path: Path) -> None:

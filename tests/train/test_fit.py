@@ -320,6 +320,8 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(
         ({"wiring": {"latents": 16, "skip": True}}, WiringError, "a skip connection would copy a source: a, b is both"),
         ({"wiring": {"latents": 16, "kind": "dedicated", "exclusive": 4, "k": {"only_a": 5}}}, WiringError,
          "a span cannot keep so many: 5 of 4 in only_a"),
+        ({"method": {"name": "standard", "recon": "norm", "ghost": 1.0}}, ConfigError,
+         "ghost gradients are scaled to a squared reconstruction error"),
         ({"optimiser": {"weight_decay": -1}}, ConfigError, r"wrong value for optimiser\.weight_decay"),
         ({"resample": {"steps": [2, 999]}}, ConfigError, "cannot be resampled outside of the run: step 999 of "),
         ({"resample": {"steps": [0]}}, ConfigError, "cannot be resampled outside of the run: step 0 of "),

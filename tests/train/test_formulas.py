@@ -24,10 +24,19 @@ Rows = Mapping[str, Tensor]
 Formula = Callable[[Dense, Rows, Tensor, Tensor], Tensor]  # (weights, rows, dead L, norm L) -> loss
 
 
-def l1(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor) -> Tensor:
+def lengths(x: Rows, y: Rows) -> Tensor:
+    """The mean over rows of |x - y|, summed over sources; of an error of 0 its gradient is 0."""
+    total = torch.zeros((), dtype=torch.float64)
+    for name in y:
+        errors = (x[name].double() - y[name]).square().sum(1)
+        total = total + torch.stack([one.sqrt() if one > 0 else 0 * one for one in errors]).mean()
+    return total
+
+
+def l1(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor, error: Any = squared) -> Tensor:
     """|x - y|^2 + 0.7 sum f |d|"""
     f_BL = dense.h(x).clamp_min(0)
-    return squared(x, dense.y(f_BL)) + 0.7 * (f_BL * norm_L).sum(1).mean()
+    return error(x, dense.y(f_BL)) + 0.7 * (f_BL * norm_L).sum(1).mean()
 
 
 def entropy(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor) -> Tensor:
@@ -50,12 +59,14 @@ def ghost(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor) -> Tensor:
     return l1(dense, x, dead_L, norm_L) + 0.5 * value * (size / value).detach()
 
 
-def topk(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor, form: str = "input", multi: float = 0) -> Tensor:
+def topk(
+    dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor, form: str = "input", multi: float = 0, error: Any = squared
+) -> Tensor:
     """|x - y|^2 + AuxK / 32 (+ |x - y of 4 k|^2 / 8)"""
     f_BL = dense.h(x).clamp_min(0)
     y = dense.y(dense.chosen(f_BL, norm_L, lambda score_BL: top_mask(score_BL, K)))
-    more = multi * squared(x, dense.y(dense.chosen(f_BL, norm_L, lambda score_BL: top_mask(score_BL, 4 * K))))
-    return squared(x, y) + aux(dense, x, y, dead_L, K_AUX, form) / 32 + more
+    more = multi * error(x, dense.y(dense.chosen(f_BL, norm_L, lambda score_BL: top_mask(score_BL, 4 * K))))
+    return error(x, y) + aux(dense, x, y, dead_L, K_AUX, form) / 32 + more
 
 
 def batch_topk(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor) -> Tensor:
@@ -64,13 +75,13 @@ def batch_topk(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor) -> Tensor:
     return squared(x, y) + aux(dense, x, y, dead_L, K_AUX) / 32
 
 
-def matryoshka(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor) -> Tensor:
+def matryoshka(dense: Dense, x: Rows, dead_L: Tensor, norm_L: Tensor, error: Any = squared) -> Tensor:
     """The mean over prefixes (a quarter, then all, of every span) of |x - y of the prefix|^2, + AuxK / 32"""
     f_BL = dense.h(x).clamp_min(0)
     codes = dense.chosen(f_BL, norm_L, lambda score_BL: top_mask_of_batch(score_BL, K * ROWS))
     early_L = torch.cat([torch.arange(span.size) < round(span.size / 4) for span in dense.wiring.spans])
     early = codes * early_L if isinstance(codes, Tensor) else {name: f_BL * early_L for name, f_BL in codes.items()}
-    prefixes = [squared(x, dense.y(early)), squared(x, dense.y(codes))]
+    prefixes = [error(x, dense.y(early)), error(x, dense.y(codes))]
     return sum(prefixes) / 2 + aux(dense, x, dense.y(codes), dead_L, K_AUX) / 32
 
 
@@ -140,6 +151,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], Formula]] = {
     "topk with the error's AuxK": ({"name": "topk", **FEW, "aux_form": "error"}, lambda *g: topk(*g, form="error")),
     "multi-topk": ({"name": "topk", **FEW, "multi": 0.125}, lambda *g: topk(*g, multi=1 / 8)),
     "batch_topk": ({"name": "batch_topk", **FEW}, batch_topk),
+    "standard by lengths": ({"name": "standard", "l1": 0.7, "recon": "norm"}, lambda *g: l1(*g, error=lengths)),
+    "multi-topk by lengths": (
+        {"name": "topk", **FEW, "multi": 0.125, "recon": "norm"}, lambda *g: topk(*g, multi=1 / 8, error=lengths),
+    ),
+    "matryoshka by lengths": (
+        {"name": "matryoshka", **FEW, "groups": [0.25, 0.75], "recon": "norm"},
+        lambda *g: matryoshka(*g, error=lengths),
+    ),
     "matryoshka": ({"name": "matryoshka", **FEW, "groups": [0.25, 0.75]}, matryoshka),
     "gated": ({"name": "gated", "l1": 0.7}, gated),
     "p_anneal": ({"name": "p_anneal", "lp": 0.4}, p_anneal),

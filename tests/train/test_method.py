@@ -109,8 +109,6 @@ from torch.nn.functional import relu
 
 from train.code import Activation, Code, DenseCode, Pre
 from train.method import Method, MethodConfig
-from train.objective import Reconstruction
-from train.schedule import constant
 from train.wiring import Wiring
 
 
@@ -119,7 +117,7 @@ class Config(MethodConfig):
     factor: float = 2.0
 
     def build(self, wiring: Wiring, steps: int) -> Method:
-        return Method(Doubled(wiring.latents, self.factor), [Reconstruction("recon", constant(1.0))])
+        return Method(Doubled(wiring.latents, self.factor), [self.reconstruction()])
 
 
 class Doubled(Activation):
@@ -183,7 +181,7 @@ def test_a_file_that_is_added_at_run_time_is_trained_saved_resumed_and_measured(
     state = whole.dictionary.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in again.dictionary.state_dict().items())
     assert measure(again.dictionary, store, quiet=True) == whole.figures == again.figures
-    assert again.dictionary.method.model_dump() == {"name": "doubled", "factor": 3.0}
+    assert again.dictionary.method.model_dump() == {"name": "doubled", "factor": 3.0, "recon": "squared"}
 
 
 @pytest.mark.usefixtures("doubled")

@@ -143,6 +143,13 @@ def test_terms_of_a_hand_made_batch() -> None:
     out, now = made({"a": x_BD}), Now(0, torch.zeros(made.latents, dtype=torch.bool))
     assert Reconstruction("recon", constant(1))(made, out, now).item() == 0.125  # (0.5^2 + 0) / 2
     assert L1("l1", constant(1))(made, out, now).item() == 0.75  # 3 x 0.5 / 2
+    lengths = Reconstruction("recon", constant(1), "norm")(made, out, now)
+    assert lengths.item() == 0.25  # (0.5 + 0) / 2
+    lengths.backward()
+    grad = made.bias["a"].grad
+    assert (
+        grad is not None and grad[0] == -0.5 and not grad[1:].any()
+    )  # the row without an error gives none, and no NaN
 
 
 def of_codes(rows: list[list[float]]) -> Forward:

@@ -9,8 +9,6 @@ from typing import Literal
 
 from train.activation import BatchTopK
 from train.method import BatchTopKConfig, Method
-from train.objective import Reconstruction
-from train.schedule import constant
 from train.wiring import Wiring
 
 
@@ -21,4 +19,4 @@ class Config(BatchTopKConfig):
 
     def build(self, wiring: Wiring, steps: int) -> Method:
         activation = BatchTopK(wiring, self.k_at(wiring), self.threshold_decay)
-        return Method(activation, [Reconstruction("recon", constant(1.0)), self.auxk(wiring)])
+        return Method(activation, [self.reconstruction(), self.auxk(wiring)])

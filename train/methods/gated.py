@@ -10,13 +10,14 @@ from pydantic import Field
 
 from train.activation import Gated
 from train.method import Method, PenaltyConfig
-from train.objective import L1, Frozen, Reconstruction
+from train.objective import L1, Frozen
 from train.schedule import constant, ramp
 from train.wiring import Wiring
 
 
 class Config(PenaltyConfig):
-    """Gated. The paper trains with unit decoders (wiring.decoder) and optimiser.beta1 = 0."""
+    """Gated. Set wiring.decoder to unit, as the paper does (with optimiser.beta1 = 0): free ones shrink out of the
+    penalty while magnitudes grow."""
 
     name: Literal["gated"] = "gated"
     l1: float = Field(1.0, ge=0)  # weight of the penalty on relu(h)
@@ -27,7 +28,7 @@ class Config(PenaltyConfig):
 
     def build(self, wiring: Wiring, steps: int) -> Method:
         terms = [
-            Reconstruction("recon", constant(1.0)),
+            self.reconstruction(),
             L1("l1", ramp(0.0, self.l1, self.l1_warmup)),
             Frozen("frozen", constant(1.0)),
         ]

@@ -8,16 +8,16 @@ from typing import Literal
 
 from train.activation import Gated
 from train.method import Method, PowerConfig
-from train.objective import Frozen, Reconstruction
+from train.objective import Frozen
 from train.schedule import constant
 from train.wiring import Wiring
 
 
 class Config(PowerConfig):
-    """Gated with p-anneal."""
+    """Gated with p-anneal. Set wiring.decoder to unit, as with gated."""
 
     name: Literal["gated_anneal"] = "gated_anneal"
 
     def build(self, wiring: Wiring, steps: int) -> Method:
-        terms = [Reconstruction("recon", constant(1.0)), self.penalty(steps), Frozen("frozen", constant(1.0))]
+        terms = [self.reconstruction(), self.penalty(steps), Frozen("frozen", constant(1.0))]
         return Method(Gated(wiring.latents), [*terms, *self.extras()])

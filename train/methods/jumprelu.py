@@ -20,7 +20,7 @@ from train import parallel
 from train.activation import JumpReLU
 from train.code import Forward
 from train.method import Method, MethodConfig
-from train.objective import Now, Reconstruction, Term
+from train.objective import Now, Term
 from train.schedule import Schedule, constant, ramp
 from train.wiring import Wiring
 
@@ -52,7 +52,7 @@ class Config(MethodConfig):
     def build(self, wiring: Wiring, steps: int) -> Method:
         activation = JumpReLU(wiring.latents, self.threshold, self.bandwidth)
         price = ramp(0.0, self.price, self.price_warmup)
-        terms = [Reconstruction("recon", constant(1.0)), Price(price, self.penalty, self.target, self.c)]
+        terms = [self.reconstruction(), Price(price, self.penalty, self.target, self.c)]
         return Method(activation, [*terms, *([Silent("silent", constant(self.silent))] if self.silent else [])])
 
 

@@ -18,7 +18,7 @@ from shared.errors import WiringError
 from train.activation import BatchTopK
 from train.code import Forward
 from train.method import BatchTopKConfig, Method
-from train.objective import Now, Term
+from train.objective import Now, ReconForm, Term, lengths
 from train.schedule import constant
 from train.wiring import Wiring
 
@@ -41,7 +41,9 @@ class Config(BatchTopKConfig):
 
     def build(self, wiring: Wiring, steps: int) -> Method:
         activation = BatchTopK(wiring, self.k_at(wiring), self.threshold_decay)
-        return Method(activation, [Nested(group_of(wiring, self.groups), len(self.groups)), self.auxk(wiring)])
+        return Method(
+            activation, [Nested(group_of(wiring, self.groups), len(self.groups), self.recon), self.auxk(wiring)]
+        )
 
 
 def group_of(wiring: Wiring, shares: list[float]) -> Tensor:
@@ -61,13 +63,13 @@ def group_of(wiring: Wiring, shares: list[float]) -> Tensor:
 
 
 class Nested(Term):
-    """The mean over prefixes, and over rows, of sum over sources of |x - what the prefix and the bias write|^2."""
+    """The mean over prefixes of the reconstruction error of what the prefix writes, with the bias."""
 
     group_L: Tensor
 
-    def __init__(self, group_L: Tensor, groups: int) -> None:
+    def __init__(self, group_L: Tensor, groups: int, form: ReconForm) -> None:
         super().__init__("recon", constant(1.0))
-        self.groups = groups
+        self.groups, self.form = groups, form
         self.register_buffer("group_L", group_L, persistent=False)
 
     def forward(self, dictionary: "Dictionary", out: Forward, now: Now) -> Tensor:
@@ -75,5 +77,5 @@ class Nested(Term):
         for source, x_BD in out.target.items():
             weights_SD, ports = dictionary.decoder[source], dictionary.writes[source]
             y_BGD = out.code.write_groups(weights_SD, ports, self.group_L, self.groups).cumsum(1)
-            parts.append(((x_BD - out.base[source])[:, None] - y_BGD).square().sum(2).mean())
+            parts.append(lengths((x_BD - out.base[source])[:, None] - y_BGD, self.form).mean())
         return torch.stack(parts).sum()

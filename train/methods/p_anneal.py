@@ -7,8 +7,6 @@ from typing import Literal
 
 from train.activation import Relu
 from train.method import Method, PowerConfig
-from train.objective import Reconstruction
-from train.schedule import constant
 from train.wiring import Wiring
 
 
@@ -18,5 +16,5 @@ class Config(PowerConfig):
     name: Literal["p_anneal"] = "p_anneal"
 
     def build(self, wiring: Wiring, steps: int) -> Method:
-        terms = [Reconstruction("recon", constant(1.0)), self.penalty(steps)]
+        terms = [self.reconstruction(), self.penalty(steps)]
         return Method(Relu(wiring.latents), [*terms, *self.extras()])

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from train.activation import Relu
 from train.method import Method, PenaltyConfig
-from train.objective import L1, Reconstruction
-from train.schedule import constant, ramp
+from train.objective import L1
+from train.schedule import ramp
 from train.wiring import Wiring
 
 
@@ -28,5 +28,5 @@ class Config(PenaltyConfig):
         return self.l1_warmup
 
     def build(self, wiring: Wiring, steps: int) -> Method:
-        terms = [Reconstruction("recon", constant(1.0)), L1("l1", ramp(0.0, self.l1, self.l1_warmup))]
+        terms = [self.reconstruction(), L1("l1", ramp(0.0, self.l1, self.l1_warmup))]
         return Method(Relu(wiring.latents), [*terms, *self.extras()])

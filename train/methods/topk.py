@@ -13,8 +13,8 @@ from train.activation import Selecting
 from train.code import Forward
 from train.kernels import Entries, top_per_row
 from train.method import Method, TopKConfig
-from train.objective import Now, Reconstruction, Term, squared_error
-from train.schedule import constant
+from train.objective import Now, ReconForm, Term, error
+from train.schedule import Schedule, constant
 from train.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ class Config(TopKConfig):
 
     def build(self, wiring: Wiring, steps: int) -> Method:
         activation = TopK(wiring, self.k_at(wiring))
-        terms = [Reconstruction("recon", constant(1.0)), self.auxk(wiring)]
-        return Method(activation, [*terms, *([Multi("multi", constant(self.multi))] if self.multi else [])])
+        terms = [self.reconstruction(), self.auxk(wiring)]
+        multi = [Multi("multi", constant(self.multi), self.recon)] if self.multi else []
+        return Method(activation, [*terms, *multi])
 
 
 class TopK(Selecting):
@@ -43,7 +44,11 @@ class TopK(Selecting):
 
 
 class Multi(Term):
-    """mean over rows of sum over sources of |x - y|^2 where y is written by the 4 k strongest latents of each row."""
+    """The reconstruction error where y is written by the 4 k strongest latents of each row."""
+
+    def __init__(self, name: str, weight: Schedule, form: ReconForm) -> None:
+        super().__init__(name, weight)
+        self.form = form
 
     def forward(self, dictionary: "Dictionary", out: Forward, now: Now) -> Tensor:
         activation = cast(TopK, dictionary.activation)
@@ -51,4 +56,4 @@ class Multi(Term):
         code = activation.kept(
             out.pre, out.norm_L, lambda score, _: activation.budgets.select(score, counts, top_per_row)
         )
-        return squared_error(out.target, dictionary.written(code, out.base))
+        return error(out.target, dictionary.written(code, out.base), self.form)

@@ -1,0 +1,78 @@
+"""Whether dictionaries beat what takes no training: for every run of a sweep a row of a table.
+
+On held-out documents, per source: the fraction of variance that the run explains, the same dictionary as it began, and
+PCA with as many components as the run has latents on a row of the source. The mean of the rows explains 0.
+
+    python pipelines/methods/beats.py runs/quickstart.zarr runs/methods
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import typer
+
+from shared import files
+from shared.errors import GranaryError
+from shared.mixture import open_mixture
+from shared.view import View
+from train import prepare, report, run
+from train.config import TrainConfig
+from train.filter import RowsConfig, kept_rows
+from train.measure import measure
+
+
+def pca(store: View, source: str) -> np.ndarray:
+    """FVE on the held-out rows by the leading 0, 1, 2, ... principal components of the training rows, [D + 1], fp64."""
+    stored = store.column(f"activations/{source}")
+    factor = store.factor(source)
+    train, held_out = (
+        stored[kept_rows(store, RowsConfig(split=split)).kept_N].astype(np.float64) * factor
+        for split in ("train", "held_out")
+    )
+    mean = train.mean(0)
+    _, vectors = np.linalg.eigh((train - mean).T @ (train - mean))
+    explained = np.square((held_out - mean) @ vectors[:, ::-1]).sum(0).cumsum()
+    left = np.square(held_out - mean).sum() - np.concatenate([[0.0], explained])
+    return np.asarray(1 - left / np.square(held_out - held_out.mean(0)).sum())
+
+
+def untrained(store: View, config: TrainConfig) -> dict[str, float]:
+    """{source: FVE} of the dictionary with which a run began."""
+    [ready] = prepare.ready(store, [config])
+    fresh = prepare.fresh(store, ready, {}).dictionary.eval()
+    sources = measure(fresh, store, config.log.measure_rows, config.rows, quiet=True)["sources"]
+    return {name: one["fve"] for name, one in sources.items()}
+
+
+def table(store: View, folders: list[Path]) -> tuple[list[list[str]], bool]:
+    """The rows, first their headings, and whether every run beats everything."""
+    by_pca: dict[str, np.ndarray] = {}
+    rows, beats = [["run", "source", "L0", "FVE", "PCA", "untrained"]], True
+    for folder in folders:
+        before = untrained(store, run.config_of(folder))
+        for source, one in files.read_json(folder / report.MEASURE)["sources"].items():
+            if source not in by_pca:
+                by_pca[source] = pca(store, source)
+            components = min(int(np.ceil(one["l0"])), len(by_pca[source]) - 1)
+            others = [float(by_pca[source][components]), before[source]]
+            beats &= one["fve"] > max(0.0, *others)
+            figures = [f"{one['fve']:.3f}", *(f"{value:.3f}" for value in others)]
+            rows.append([folder.name, source, f"{one['l0']:.1f}", *figures])
+    return rows, beats
+
+
+def main(store: Path, sweep: Path) -> None:
+    """Exit code 1 where a run does not beat all of them on every source."""
+    rows, beats = table(open_mixture(store), run.folders_of(sweep))
+    typer.echo(report.aligned(rows))
+    typer.echo("every run beats the mean, an untrained dictionary and PCA" if beats else "NOT every run beats them")
+    raise SystemExit(0 if beats else 1)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except GranaryError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
