@@ -19,6 +19,7 @@ from pipelines.dfc_toy import toy
 from pipelines.dfc_toy.toy import Toy, ToyConfig, Whole
 from shared import config as configs
 from tests import cases
+from train import prepare
 from train.config import TrainConfig
 from train.dictionary import Dictionary, create
 from train.scale import Scale
@@ -134,7 +135,10 @@ def perfect(made: Toy, wrong: bool = False) -> Dictionary:
 def test_a_dictionary_of_all_concepts_has_found_them() -> None:
     made = world()
     told = toy.found(perfect(made), made, 1024)
-    assert told == {"own": 1.0, "own_any": 1.0, "shared": 1.0, "false": 0.0, "nothing": 0.0, "classified": 10}
+    assert told.pop("mmcs") == pytest.approx(1) and told.pop("rarest_to_commonest") == [1.0] * 4
+    assert told == {
+        "own": 1.0, "own_any": 1.0, "shared": 1.0, "false": 0.0, "nothing": 0.0, "lost": 0.0, "classified": 10,
+    }  # fmt: skip
 
 
 def test_shared_concepts_in_a_models_own_latents_are_false() -> None:
@@ -145,6 +149,18 @@ def test_shared_concepts_in_a_models_own_latents_are_false() -> None:
     with torch.no_grad():
         noise.decoder["a"][:5] = torch.randn(5, 48, generator=torch.Generator().manual_seed(9))
     assert toy.found(noise, made, 1024)["nothing"] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["standard", "designated", "dedicated"])
+def test_nothing_is_found_before_a_run(kind: Any) -> None:
+    """A dictionary does not begin at the concepts of the world with its seed."""
+    asked = configs.parse(Whole, tomllib.loads((HOME / "reduced.toml").read_text()))
+    for seed in range(3):
+        made = Toy(asked.toy, seed, CPU)
+        config = configs.parse(TrainConfig, toy.Run(kind, 256, seed).config(asked))
+        shape = prepare.shape(config, {"a": 64, "b": 64})
+        told = toy.found(prepare.initialised(shape, Scale(shape.wiring.widths)).dictionary, made, 1024)
+        assert (told["own_any"], told["shared"], told["mmcs"] < 0.5) == (0, 0, True)
 
 
 def test_where_no_latent_is_one_models_own_nothing_is_false() -> None:

@@ -161,14 +161,14 @@ class BatchTopK(Selecting):
     def __init__(self, wiring: Wiring, k: Schedule, decay: float) -> None:
         super().__init__(wiring, k)
         self.decay = decay
-        self._forget(len(self.budgets.ks))
+        self._begin(len(self.budgets.ks))
 
-    def _forget(self, *shape: int) -> None:
+    def _begin(self, *shape: int) -> None:
         self.register_buffer("mean", torch.zeros(shape))  # sum of decay^age x (1 - decay) x score
         self.register_buffer("mass", torch.zeros(shape))  # sum of decay^age x (1 - decay)
 
     def decouple(self) -> None:
-        self._forget(len(self.writers), len(self.budgets.ks))
+        self._begin(len(self.writers), len(self.budgets.ks))
 
     @property
     def threshold(self) -> Tensor:

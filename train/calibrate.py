@@ -58,6 +58,7 @@ def _border(counts: Tensor, wanted: int) -> float:
     above = counts.flip(0).cumsum(0)
     if int(above[-1]) <= wanted:
         return 0.0
-    first = BINS - 1 - int((above - wanted).abs().argmin())
+    off = torch.where(above > 0, (above - wanted).abs(), torch.iinfo(torch.int64).max)  # an empty top is no border
+    first = BINS - 1 - int(off.argmin())
     edge = torch.tensor(first << SHIFT, dtype=torch.int32).view(torch.float32)
     return float(torch.nextafter(edge, torch.zeros(())))

@@ -4,7 +4,7 @@ Letters: B rows of a batch, D width of a source, L latents of the dictionary, S 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -208,14 +208,17 @@ class SplitCode(Code):
         return (self.together if ports is None else self.of[ports.source]).fires_L(ports)
 
     def l1(self, weight_L: Tensor) -> Tensor:
-        return self.together.l1(weight_L)
+        return torch.stack([one.l1(own_L) for one, own_L in self._each(weight_L)]).sum()
 
     def sums(self, of: Callable[[Tensor], Tensor], weight_L: Tensor) -> Tensor:
-        return self.together.sums(of, weight_L)
+        return torch.stack([one.sums(of, own_L) for one, own_L in self._each(weight_L)]).sum(0)
+
+    def _each(self, of_L: Tensor) -> Iterator[tuple[SparseCode, Tensor]]:
+        """The codes of each writer, and its own of values [writers, L], or those [L] that are for all."""
+        return zip(self.of.values(), of_L.expand(len(self.of), -1), strict=True)
 
     def smallest(self, norm_L: Tensor, group_L: Tensor, groups: int) -> Tensor:
-        pairs = zip(self.of.values(), norm_L, strict=True)
-        return torch.stack([one.smallest(own_L, group_L, groups) for one, own_L in pairs])
+        return torch.stack([one.smallest(own_L, group_L, groups) for one, own_L in self._each(norm_L)])
 
 
 def _present(fires_L: Tensor, ports: Ports | None) -> Tensor:

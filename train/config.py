@@ -86,7 +86,7 @@ class OptimiserConfig(Config):
     decay: float = Field(0.2, ge=0, le=1)  # share of the steps, at the end, over which the rate falls to 0
     beta1: float = Field(0.9, ge=0, lt=1)  # decay of the mean of the gradient
     beta2: float = Field(0.999, ge=0, lt=1)  # decay of the mean of its square
-    weight_decay: float = Field(0.0, ge=0)  # share of every weight, times the learning rate, that a step takes off
+    weight_decay: float = Field(0.0, ge=0)  # share of matrices (no biases), times the rate, that a step takes off
     clip: float = Field(1.0, gt=0)  # largest norm of the gradient
     ema: float = Field(0.0, ge=0, lt=1)  # decay of a moving average of the weights, which is what is saved; 0: none
 

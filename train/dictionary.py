@@ -76,8 +76,7 @@ class Dictionary(nn.Module):
         self.encoder = Weights({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.reads.items()})
         self.decoder = Weights({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.writes.items()})
         self.bias = Weights({n: torch.zeros(wiring.widths[n]) for n in wiring.writers})
-        passes = [(reader, name) for name in wiring.writers for reader in wiring.readers] if wiring.skip else []
-        self.skip = Weights({f"{r} to {n}": torch.zeros(wiring.widths[n], wiring.widths[r]) for r, n in passes})
+        self.skip = Weights({f"{r} to {n}": torch.zeros(wiring.widths[n], wiring.widths[r]) for r, n in self._passes()})
         if norm == "decoupled":
             activation.decouple()
         weight_L = torch.cat([torch.full((span.size,), span.weight) for span in wiring.spans])
@@ -124,6 +123,10 @@ class Dictionary(nn.Module):
             self.bias[name].copy_(point_D)
             if name in self.encoder:
                 self.activation.shift(self.reads[name].spread(self.encoder[name] @ self.bias[name]))
+
+    def _passes(self) -> list[tuple[str, str]]:
+        """(reader, writer) of every matrix of a skip connection."""
+        return [(r, w) for w in self.wiring.writers for r in self.wiring.readers] if self.wiring.skip else []
 
     def _tied(self) -> list[Span]:
         """Spans whose latents write one vector to several sources."""
@@ -204,7 +207,7 @@ class Dictionary(nn.Module):
     def base(self, scaled: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What every writer is given beside the codes, of scaled rows {reader: [B, D]}: {writer: [D] or [B, D]}."""
         base: dict[str, Tensor] = dict(self.bias.items())
-        for writer, reader in ((w, r) for w in base for r in self.wiring.readers if self.wiring.skip):
+        for reader, writer in self._passes():
             base[writer] = base[writer] + scaled[reader] @ self.skip[f"{reader} to {writer}"].T
         return base
 
@@ -221,7 +224,11 @@ class Dictionary(nn.Module):
         return self.activation(self.pre(x), self.norms())
 
     def decode(self, f_BL: Tensor, x: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Raw rows {writer: [B, D]} of codes, and, where there is a skip connection, of raw rows {reader: [B, D]}."""
+        """Raw rows {writer: [B, D]} of codes, and, where there is a skip connection, of raw rows {reader: [B, D]}.
+
+        Decoupled, every writer selects once more of these codes, as it did of all: codes that were changed may let
+        others in.
+        """
         if f_BL.ndim != 2 or f_BL.shape[1] != self.latents:
             value = f"{tuple(f_BL.shape)}, not (B, {self.latents})"
             raise RowsError("codes that do not fit the dictionary", value, "Give what encode returns")
@@ -229,6 +236,8 @@ class Dictionary(nn.Module):
             raise RowsError("a skip connection takes rows", "decode(f)", "Give them too: decode(f, x)")
         readers = self.wiring.readers if self.wiring.skip else ()
         scaled = {name: self.scale.scaled(name, self._rows(name, x or {})) for name in readers}
+        if any(len(rows_BD) != len(f_BL) for rows_BD in scaled.values()):
+            raise RowsError("codes and rows are not equally many", len(f_BL), "Give the rows that the codes are of")
         y = self.written(self.activation.again(f_BL, self.norms()), self.base(scaled))
         return {name: self.scale.raw(name, y_BD) for name, y_BD in y.items()}
 
@@ -236,10 +245,8 @@ class Dictionary(nn.Module):
         """|d| of every latent in every source, in scaled space: [writers, L]; 0 where it does not write."""
         if self.folded_WL is not None:
             return self.folded_WL
-        rows = []
-        for name, ports in self.writes.items():
-            rows.append(ports.spread(torch.linalg.vector_norm(self.decoder[name], dim=1)))
-        return torch.stack(rows)
+        lengths = {name: torch.linalg.vector_norm(W_SD, dim=1) for name, W_SD in self.decoder.items()}
+        return torch.stack([ports.spread(lengths[name]) for name, ports in self.writes.items()])
 
     def norms(self) -> Tensor:
         """The norm_L that weights sparsity and selection, by the option `norm`:
@@ -260,11 +267,8 @@ class Dictionary(nn.Module):
         if self.norm in ("joint", "mixed"):
             joint_L = torch.linalg.vector_norm(norm_WL, dim=0)
             return joint_L if self.norm == "joint" else joint_L + self.alpha * total_L
-        return (
-            total_L / torch.stack([p.present_L for p in self.writes.values()]).sum(0)
-            if self.norm == "mean"
-            else total_L
-        )
+        writers_L = torch.stack([ports.present_L for ports in self.writes.values()]).sum(0)
+        return total_L / writers_L if self.norm == "mean" else total_L
 
     @torch.no_grad()
     def normalise_decoders(self) -> None:
@@ -311,15 +315,10 @@ class Dictionary(nn.Module):
             factor, mean_D = self.scale.factor(name), self.scale.mean(name)
             W_SD.copy_(W_SD.double() / factor)
             made.bias[name].copy_(made.bias[name].double() / factor + mean_D)
-        for name in made.wiring.writers if made.wiring.skip else ():
-            for reader in made.wiring.readers:
-                W_DD, factor, into = (
-                    made.skip[f"{reader} to {name}"],
-                    self.scale.factor(reader),
-                    self.scale.factor(name),
-                )
-                W_DD.copy_(W_DD.double() * factor / into)
-                made.bias[name].copy_(made.bias[name].double() - W_DD.double() @ self.scale.mean(reader).double())
+        for reader, name in self._passes():
+            W, ratio = made.skip[f"{reader} to {name}"], self.scale.factor(reader) / self.scale.factor(name)
+            W.copy_(W.double() * ratio)
+            made.bias[name].copy_(made.bias[name].double() - W.double() @ self.scale.mean(reader).double())
         made.scale = Scale(self.wiring.widths).to(made.activation.bias_L)
         return made
 

@@ -80,7 +80,8 @@ class Exclusivity:
         return mean_D + noise_BD * (long_B / drawn_B)[:, None]
 
     def _written(self, span: Span, h_BL: Tensor) -> list[Tensor]:
-        """The pre-activations of a span, and what it would write with all of them that are positive."""
+        """The pre-activations of a span, and what it would write with all of them that are positive (decoupled: and
+        selected)."""
         alone_BL = torch.zeros_like(h_BL)
         latents = self.dictionary.wiring.slices[span.name]
         alone_BL[:, latents] = h_BL[:, latents].clamp_min(0)

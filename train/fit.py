@@ -1,6 +1,6 @@
 """Runs from store to report, from their beginning or their last checkpoint, one by one or as many as fit at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -46,11 +46,11 @@ class Sweep:
 
 
 def fit(
-    store: Place | Sequence[Place] | Iterator[stream.Rows], config: Config, folder: str | Path | None = None,
+    store: Place | Sequence[Place] | Iterable[stream.Rows], config: Config, folder: str | Path | None = None,
     quiet: bool = False,
 ) -> Run:  # fmt: skip
     """Train one dictionary on a store, or on several as one (shared.mixture), open or by their paths; or on batches
-    {source: float32 [batch, width]} of an iterator, without a store (train.stream).
+    {source: float32 [batch, width]} of an iterator, or what gives one, without a store (train.stream).
 
     `config` is a TrainConfig or its tables as a mapping.
 
@@ -61,8 +61,12 @@ def fit(
     that do not fit.
     """
     asked = _parsed(config)
-    if isinstance(store, Iterator):
-        return _result(stream.train(store, asked, folder, quiet))
+    if isinstance(store, Iterable) and not isinstance(store, str | Sequence):
+        return _result(stream.train(iter(store), asked, folder, quiet))
+    if isinstance(store, Sequence) and any(isinstance(one, Mapping) for one in store):
+        raise ConfigError(
+            "these are batches, and no stores", f"a list of {len(store)}", "Give their iterator: iter(...)"
+        )
     opened = open_mixture(store)
     parallel.first(lambda: run.require_free(folder))
     [ready] = prepare.ready(opened, [asked])

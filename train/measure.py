@@ -41,6 +41,7 @@ FORMULAS = {
     "exclusive": f"latents that fire and whose share R of the decoder norms is above {EXCLUSIVE} at the source",
     "only": "latents that fire and whose normalised difference of decoder norms, ((n - rest) / max(n, rest) + 1) / 2 "
     f"with rest the sum over the other sources, is above {ONLY} at the source",
+    "spans.*.exclusive, only": "of each source: how many of these are in the span",
     "spans.*.fve": "of each source: its FVE less that without what the span writes",
     "spans.*.integrity": "largest change of the span's pre-activations, and of what it alone writes, when the sources "
     "that it does not read are noise: 0",
@@ -144,18 +145,15 @@ class Measure:
             "dead": float((~alive_L).double().mean()),
             "dense": float((density_L > DENSE).double().mean()),
             "sources": self._sources(share_WL, alive_L),
-            "spans": self._spans(alive_L, density_L),
+            "spans": self._spans(share_WL, alive_L, density_L),
             "density": _log_histogram(density_L),
             "r": self._r(share_WL, alive_L),
         }
 
     def _sources(self, share_WL: Tensor, alive_L: Tensor) -> dict[str, dict[str, float | None]]:
         figures: dict[str, dict[str, float | None]] = {}
-        difference_WL = normalised_difference(share_WL)
         for index, (source, sums) in enumerate(self.sums.items()):
-            several = len(share_WL) > 1
-            exclusive = int(((share_WL[index] > EXCLUSIVE) & alive_L).sum()) if several else None
-            only = int(((difference_WL[index] > ONLY) & alive_L).sum()) if several else None
+            exclusive, only = _bins(share_WL, alive_L)[index] if len(share_WL) > 1 else (None, None)
             figures[source] = {
                 **sums.result(self.rows, float(self.dictionary.scale.factor(source))),
                 "l0": self.firings[source] / self.rows,
@@ -164,7 +162,7 @@ class Measure:
             }
         return figures
 
-    def _spans(self, alive_L: Tensor, density_L: Tensor) -> dict[str, dict[str, Any]]:
+    def _spans(self, share_WL: Tensor, alive_L: Tensor, density_L: Tensor) -> dict[str, dict[str, Any]]:
         wiring, exclusive = self.dictionary.wiring, self.exclusivity.result()
         writers = {span.name: span.writers for span in wiring.spans}
         return {
@@ -176,6 +174,8 @@ class Measure:
                 "dense": float((density_L[one] > DENSE).double().mean()),
                 "fve": {source: self.sums[source].gained(name, self.rows) for source in writers[name]},
                 "density": _log_histogram(density_L[one]),
+                "exclusive": dict(zip(self.sums, (n for n, _ in _bins(share_WL[:, one], alive_L[one])), strict=True)),
+                "only": dict(zip(self.sums, (n for _, n in _bins(share_WL[:, one], alive_L[one])), strict=True)),
                 **exclusive.get(name, {}),
             }
             for name, one in self.dictionary.wiring.slices.items()
@@ -190,6 +190,12 @@ class Measure:
             for index, source in enumerate(self.sums)
         }
         return {"edges": np.linspace(0, 1, BINS + 1).round(4).tolist(), "counts": histograms}
+
+
+def _bins(share_WL: Tensor, alive_L: Tensor) -> list[tuple[int, int]]:
+    """Of every source the live latents that look exclusive to it, by R and by the normalised difference."""
+    both = (share_WL > EXCLUSIVE, normalised_difference(share_WL) > ONLY)
+    return list(zip(*((one & alive_L).sum(1).tolist() for one in both), strict=True))
 
 
 def _log_histogram(density_L: Tensor) -> dict[str, Any]:

@@ -132,11 +132,16 @@ class Entropy(Term):
 
 
 class Frozen(Term):
-    """What relu(h) would reconstruct by the decoder as it stands: mean of |x - y(relu(h))|^2, summed over sources.
+    """The reconstruction error of relu(h) by the decoder as it stands: mean of |x - y(relu(h))|^2, summed over sources
+    (or, as the reconstruction itself, of |x - y|).
 
     The auxiliary loss of Rajamanoharan et al. 2024 (https://arxiv.org/abs/2404.16014): it teaches the gate, and no
     decoder, decoder bias or skip connection.
     """
+
+    def __init__(self, name: str, weight: Schedule, form: ReconForm) -> None:
+        super().__init__(name, weight)
+        self.form = form
 
     def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
         gate_BL = relu(out.pre.dense_BL)
@@ -145,11 +150,11 @@ class Frozen(Term):
             source: code.write(W_SD.detach(), dictionary.writes[source]) + out.base[source].detach()
             for source, W_SD in dictionary.decoder.items()
         }
-        return squared_error(out.target, y)
+        return error(out.target, y, self.form)
 
 
 class AuxK(Term):
-    """The error that the k_aux strongest dead latents of a row could explain.
+    """The error that the k_aux strongest dead latents of a row could explain, squared whatever the reconstruction's is.
 
     e = x - y, taken as given; e_hat = sum over those latents of relu(g) x W; mean over rows of |e - e_hat|^2, summed
     over sources. A latent reaches only the sources that it writes to. 0 while no latent is dead, or where the value is

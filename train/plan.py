@@ -15,7 +15,7 @@ from shared.device import free_memory, memory_minded, peak_memory, torch_threads
 from shared.errors import ConfigError
 from train import parallel, prepare
 from train.loader import SLOTS
-from train.prepare import Ready
+from train.prepare import Ready, Shape
 from train.scale import Scale
 from train.trainer import Trainer
 
@@ -93,10 +93,12 @@ def _bytes(state: Any) -> int:
     return sum(_bytes(one) for one in inner)
 
 
-def require_memory(run: Ready) -> None:
+def require_memory(run: Shape) -> None:
     """Raises ConfigError where weights, moments and gradients alone are more than the free memory."""
     spans, widths = run.wiring.spans, run.wiring.widths
     numbers = sum(span.size * widths[name] for span in spans for name in (*span.readers, *span.writers))
+    if run.wiring.skip:
+        numbers += sum(widths[r] * widths[w] for r in run.wiring.readers for w in run.wiring.writers)
     least, free = (ADAM + 1) * FLOAT * numbers, free_memory(run.device)
     if least > free:
         value = f"{gb(least)} of {gb(free)} on {run.device}"

@@ -31,8 +31,11 @@ class Trainer:
         adam = config.optimiser
         self.rate = learning_rate(adam.lr, config.steps, adam.warmup, round(adam.decay * config.steps))
         self.parameters = [parameter for parameter in dictionary.parameters() if parameter.requires_grad]
+        matrices = [one for one in self.parameters if one.ndim == 2]  # of biases and thresholds 0 is no rest
+        others = [one for one in self.parameters if one.ndim != 2]
+        groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": adam.weight_decay}, {"params": others}]
         keys: dict[str, Any] = {"lr": adam.lr, "betas": (adam.beta1, adam.beta2), "fused": True}
-        self.optimiser = torch.optim.AdamW(self.parameters, weight_decay=adam.weight_decay, **keys)
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0, **keys)
         self.averages: list[Tensor] = []  # of the weights, from the first step on: before it they are not begun
         self.step = 0
         self.idle_L = torch.zeros(dictionary.latents, dtype=torch.int64, device=dictionary.activation.bias_L.device)

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import typer
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -30,9 +30,12 @@ from shared import config as configs
 from shared import files
 from shared.config import Config
 from shared.device import device_of
-from shared.errors import GranaryError
+from shared.errors import ConfigError, GranaryError
 from train import Dictionary, fit
+from train.chance import keyed
 from train.code import Ports
+from train.compare import mmcs
+from train.config import TrainConfig
 from train.dictionary import relative_norms
 from train.measure import Firings
 
@@ -41,6 +44,7 @@ Kind = Literal["standard", "designated", "dedicated"]
 MODELS = ("a", "b")
 FOUND = 0.8  # cosine above which a latent is a concept's: 12 sigma from random at width 256
 OWN = 0.8  # R above which a latent counts as one model's own
+WORLD = 1  # the purpose of its random numbers
 ROWS = 2**18  # on which a latent must fire once to be alive
 DESIGNATED = 0.1  # share of the latents, in the method of Mishra-Sharma et al. 2025
 COLUMNS = {
@@ -49,6 +53,7 @@ COLUMNS = {
     "shared": "shared concepts found in both models by one latent",
     "false": "of the live latents of one model's own: those of a shared concept",
     "nothing": "of the same: those of no concept",
+    "lost": "of all other live latents: those of a concept that one model has alone",
     "fve": "fraction of variance explained, mean of both models",
 }
 
@@ -70,6 +75,12 @@ class ToyConfig(Config):
     factor: Reading = "std"  # what the 0.5 / sqrt(rank) is, of the correlations
     redraw: Literal["never", "batch"] = "never"  # when probabilities are drawn: with the world, or for every batch
     empty: Literal["restart", "top"] = "restart"  # a row of no concept: drawn again, or has the most probable ones
+
+    @model_validator(mode="after")
+    def _has_own(self) -> "ToyConfig":
+        if not round(self.own * self.concepts):
+            raise ValueError("of so few concepts no model has one alone: raise toy.own or toy.concepts")
+        return self
 
 
 class Runs(Config):
@@ -93,7 +104,8 @@ class Toy:
 
     def __init__(self, asked: ToyConfig, seed: int, device: torch.device) -> None:
         self.asked = asked
-        self._random = torch.Generator(device).manual_seed(seed)
+        # Not the numbers that a dictionary of the same seed begins with: its vectors would be the concepts.
+        self._random = torch.Generator(device).manual_seed(keyed(WORLD, seed) >> 1)
         count, width = asked.concepts, asked.width
         own = round(asked.own * count)
         number_G = torch.arange(count, device=device)
@@ -127,20 +139,20 @@ class Toy:
                 n: size_BG @ c_GD + self.asked.noise * self._normal(batch, c_GD.shape[1]) for n, c_GD in visible.items()
             }
 
+    def _uniform(self, rows: int, columns: int) -> Tensor:
+        return torch.rand(rows, columns, generator=self._random, device=self._random.device)
+
     def _sizes(self, rows: int, p_G: Tensor) -> Tensor:
-        """Where u < p, with u uniform, a concept is active, and u / p, its size, is uniform again. 0 elsewhere."""
-        u_BG = torch.rand(rows, len(p_G), generator=self._random, device=p_G.device)
-        size_BG = torch.where(u_BG < p_G, u_BG / p_G, 0.0)
-        empty = torch.nonzero(~(size_BG > 0).any(1)).flatten()
-        if not len(empty):
-            return size_BG
-        if self.asked.empty == "restart":
-            size_BG[empty] = self._sizes(len(empty), p_G)
-        else:
-            top = p_G.topk(max(1, round(self.active))).indices
-            size_BG[empty[:, None], top] = torch.rand(
-                len(empty), len(top), generator=self._random, device=p_G.device
-            )  # fmt: skip
+        """The sizes of active concepts, uniform in [0, 1), and 0 elsewhere; no row is empty."""
+        size_BG, empty = torch.zeros(rows, len(p_G), device=p_G.device), torch.arange(rows, device=p_G.device)
+        while len(empty):
+            u_BG = self._uniform(len(empty), len(p_G))
+            size_BG[empty] = torch.where(u_BG < p_G, u_BG / p_G, 0.0)  # u / p where u < p is uniform again
+            empty = empty[~(size_BG[empty] > 0).any(1)]
+            if self.asked.empty == "top":
+                top = p_G.topk(max(1, round(self.active))).indices
+                size_BG[empty[:, None], top] = self._uniform(len(empty), len(top))
+                break
         return size_BG
 
 
@@ -149,7 +161,7 @@ def _std(value: float, reading: Reading) -> float:
 
 
 @torch.no_grad()
-def found(dictionary: Dictionary, toy: Toy, batch: int) -> dict[str, float | None]:
+def found(dictionary: Dictionary, toy: Toy, batch: int) -> dict[str, Any]:
     """How much of the world a dictionary has found (COLUMNS); None where no latent is one model's own."""
     dictionary.eval()
     firings = Firings(dictionary)
@@ -164,14 +176,29 @@ def found(dictionary: Dictionary, toy: Toy, batch: int) -> dict[str, float | Non
     classified = sum(int(own[name].sum()) for name in MODELS)
     false = sum(int((has[name][toy.shared_G].any(0) & own[name]).sum()) for name in MODELS)
     nothing = sum(int((~has[name].any(0) & own[name]).sum()) for name in MODELS)
+    others_L = alive_L & ~own["a"] & ~own["b"]
+    lost = sum((right[name].any(0) & others_L).sum() for name in MODELS)
     return {
         "own": recall / concepts,
         "own_any": sum(int(one.any(1).sum()) for one in right.values()) / concepts,
         "shared": float((has["a"] & has["b"] & alive_L)[toy.shared_G].any(1).float().mean()),
         "false": false / classified if classified else None,
         "nothing": nothing / classified if classified else None,
+        "lost": float(lost) / max(1, int(others_L.sum())),
         "classified": classified,
+        "mmcs": sum(mmcs(toy.vectors[name][_seen(toy, name)], dictionary.decoder[name]) for name in MODELS) / 2,
+        "rarest_to_commonest": _by_frequency(toy, has, alive_L),
     }
+
+
+def _seen(toy: Toy, model: str) -> Tensor:
+    return toy.shared_G | toy.only[model]
+
+
+def _by_frequency(toy: Toy, has: Mapping[str, Tensor], alive_L: Tensor) -> list[float]:
+    """The share of the concepts that any latent has in any model that knows them, by quarters of their probability."""
+    known_G = torch.stack([(has[name] & alive_L).any(1) & _seen(toy, name) for name in MODELS]).any(0)
+    return [float(known_G[part].float().mean()) for part in toy.p_G.argsort().chunk(4)]
 
 
 def _cosines(dictionary: Dictionary, toy: Toy, model: str) -> Tensor:
@@ -217,7 +244,9 @@ class Run:
             }  # fmt: skip
             k = max(1, round((1 - DESIGNATED) * k))
         tables = asked.train
-        method = {"k": k, **({"k_start": 5 * k} if "k_anneal" in tables["method"] else {}), **tables["method"]}
+        given = tables.get("method", "batch_topk")
+        given = {"name": given} if isinstance(given, str) else given
+        method = {"k": k, **({"k_start": 5 * k} if "k_anneal" in given else {}), **given}
         scale = {"kind": "none", "centre": False}
         wiring = {**tables.get("wiring", {}), **wiring}
         return {**tables, "wiring": wiring, "method": method, "scale": scale, "seed": self.seed}
@@ -225,20 +254,26 @@ class Run:
 
 def one(run: Run, asked: Whole, out: Path) -> dict[str, Any]:
     """Train and look, or read what was found before."""
-    folder = out / run.name
+    folder, config = out / run.name, configs.parse(TrainConfig, run.config(asked))
+    of = {"toy": asked.toy.model_dump(mode="json"), "train": config.model_dump(mode="json")}
     if (folder / "found.json").exists():
-        return dict(files.read_json(folder / "found.json"))
+        before = files.read_json(folder / "found.json")
+        if before["of"] != of:
+            value = f"{folder}: {', '.join(configs.differences(before['of'], of))}"
+            raise ConfigError("this run was made of another config", value, "Give another --out")
+        return dict(before["found"])
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: its batches are not to be had again
-    config = run.config(asked)
-    toy = Toy(asked.toy, run.seed, device_of(config.get("device", "auto")))
-    done = fit(toy.rows(config["batch"]), config, folder, quiet=True)
+    toy = Toy(asked.toy, run.seed, device_of(config.device))
+    done = fit(toy.rows(config.batch), config, folder, quiet=True)
     fve = [source["fve"] for source in done.figures["sources"].values()]
-    told = {**found(done.dictionary, toy, config["batch"]), "fve": sum(fve) / len(fve)}
-    files.write_json(folder / "found.json", told)
+    told = {**found(done.dictionary, toy, config.batch), "fve": sum(fve) / len(fve)}
+    files.write_json(folder / "found.json", {"of": of, "found": told})
     return told
 
 
 def all_runs(asked: Runs) -> list[Run]:
+    if len(set(asked.denser)) < len(asked.denser):
+        raise ConfigError("a density is named twice", asked.denser, "Name each once in runs.denser")
     kinds = [(kind, times) for kind in asked.kinds for times in (asked.denser if kind == "designated" else [1.0])]
     return [Run(kind, size, seed, times) for size in asked.latents for seed in asked.seeds for kind, times in kinds]
 
@@ -271,11 +306,11 @@ def draw(results: Mapping[Run, Mapping[str, Any]], concepts: int, path: Path) ->
             sizes = sorted({run.latents for run in results})
             points = []
             for size in sizes:
-                here = [told[column] for run, told in results.items() if (run.latents, run.label) == (size, label)]
-                told = np.array([value for value in here if value is not None])
-                if len(told):
-                    error = told.std(ddof=1) / math.sqrt(len(told)) if len(told) > 1 else 0.0
-                    points.append((size / concepts, told.mean(), error))
+                of = [found for run, found in results.items() if (run.latents, run.label) == (size, label)]
+                here = np.array([found[column] for found in of if found[column] is not None])
+                if len(here):
+                    error = here.std(ddof=1) / math.sqrt(len(here)) if len(here) > 1 else 0.0
+                    points.append((size / concepts, here.mean(), error))
             if points:
                 x, y, errors = zip(*points, strict=True)
                 place.errorbar(x, y, errors, label=label, marker="o", capsize=3)
@@ -295,6 +330,8 @@ def main(
     """Train every run, and write a table and a picture of what was found."""
     asked = configs.parse(Whole, configs.override(configs.read_toml(config), set_ or []))
     runs = all_runs(asked.runs)
+    for run in runs:
+        configs.parse(TrainConfig, run.config(asked))  # before any work
     out.mkdir(parents=True, exist_ok=True)
     results = {}
     with ProcessPoolExecutor(asked.runs.processes, multiprocessing.get_context("spawn")) as pool:
@@ -314,5 +351,5 @@ if __name__ == "__main__":
     try:
         typer.run(main)
     except GranaryError as error:
-        typer.echo(str(error), err=True)
+        typer.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None

@@ -13,22 +13,20 @@ import numpy as np
 import typer
 
 from shared import files
-from shared.errors import GranaryError
+from shared.errors import CheckpointError, GranaryError
 from shared.mixture import open_mixture
 from shared.view import View
-from train import prepare, report, run
+from train import prepare, reader, report, run
+from train.calibrate import calibrate
 from train.config import TrainConfig
 from train.filter import RowsConfig, kept_rows
-from train.measure import measure
+from train.measure import BATCH, measure
 
 
-def pca(store: View, source: str) -> np.ndarray:
+def pca(store: View, source: str, rows: RowsConfig) -> np.ndarray:
     """FVE on the held-out rows by the leading 0, 1, 2, ... principal components of the training rows, [D + 1], fp64."""
-    stored = store.column(f"activations/{source}")
-    factor = store.factor(source)
     train, held_out = (
-        stored[kept_rows(store, RowsConfig(split=split)).kept_N].astype(np.float64) * factor
-        for split in ("train", "held_out")
+        _rows(store, source, rows.model_copy(update={"split": split})) for split in ("train", "held_out")
     )
     mean = train.mean(0)
     _, vectors = np.linalg.eigh((train - mean).T @ (train - mean))
@@ -37,25 +35,35 @@ def pca(store: View, source: str) -> np.ndarray:
     return np.asarray(1 - left / np.square(held_out - held_out.mean(0)).sum())
 
 
+def _rows(store: View, source: str, rows: RowsConfig) -> np.ndarray:
+    read = reader.read(store, [source], np.flatnonzero(kept_rows(store, rows).kept_N), BATCH)
+    return np.concatenate([x[source].double().numpy() for x in read])
+
+
 def untrained(store: View, config: TrainConfig) -> dict[str, float]:
     """{source: FVE} of the dictionary with which a run began."""
     [ready] = prepare.ready(store, [config])
     fresh = prepare.fresh(store, ready, {}).dictionary.eval()
+    if "calibrate" in type(config.method).model_fields:  # without a threshold all would pass
+        calibrate(fresh, store, np.flatnonzero(ready.order.kept_N), quiet=True)
     sources = measure(fresh, store, config.log.measure_rows, config.rows, quiet=True)["sources"]
     return {name: one["fve"] for name, one in sources.items()}
 
 
 def table(store: View, folders: list[Path]) -> tuple[list[list[str]], bool]:
     """The rows, first their headings, and whether every run beats everything."""
-    by_pca: dict[str, np.ndarray] = {}
+    by_pca: dict[str, np.ndarray] = {}  # of a source and a filter of rows
     rows, beats = [["run", "source", "L0", "FVE", "PCA", "untrained"]], True
     for folder in folders:
-        before = untrained(store, run.config_of(folder))
+        if not run.finished(folder):
+            raise CheckpointError("this run is not finished", folder, f"train resume {folder}")
+        config = run.config_of(folder)
+        before = untrained(store, config)
         for source, one in files.read_json(folder / report.MEASURE)["sources"].items():
-            if source not in by_pca:
-                by_pca[source] = pca(store, source)
-            components = min(int(np.ceil(one["l0"])), len(by_pca[source]) - 1)
-            others = [float(by_pca[source][components]), before[source]]
+            if (key := f"{source} {config.rows}") not in by_pca:
+                by_pca[key] = pca(store, source, config.rows)
+            components = min(int(np.ceil(one["l0"])), len(by_pca[key]) - 1)
+            others = [float(by_pca[key][components]), before[source]]
             beats &= one["fve"] > max(0.0, *others)
             figures = [f"{one['fve']:.3f}", *(f"{value:.3f}" for value in others)]
             rows.append([folder.name, source, f"{one['l0']:.1f}", *figures])

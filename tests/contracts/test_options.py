@@ -109,6 +109,15 @@ def test_decoupled_sources_have_thresholds_and_l0_of_their_own() -> None:
     assert figures["b"]["l0"] == 0 and figures["a"]["l0"] == pytest.approx(float(right)) and right > 0
 
 
+def test_penalties_see_what_each_decoupled_source_keeps_by_its_own_norm() -> None:
+    dictionary = trainer("crosscoder", "topk", {"norm": "decoupled"}).dictionary
+    out = dictionary(rows("crosscoder", 0))
+    norm_WL = dictionary.norms()
+    found = [out.code.of[source].dense() @ own_L for source, own_L in zip(("a", "b"), norm_WL, strict=True)]  # type: ignore[attr-defined]
+    torch.testing.assert_close(out.code.l1(norm_WL), sum(found).mean())  # type: ignore[union-attr]
+    torch.testing.assert_close(out.code.sums(lambda score: score, norm_WL), sum(found))
+
+
 @pytest.mark.parametrize("name", [name for name in cases.names() if name not in BUDGETED])
 def test_methods_that_select_nothing_refuse_to_be_decoupled(name: str) -> None:
     with pytest.raises(WiringError, match=r"selects no latents, .* wiring\.norm decoupled. Set wiring\.norm to sum"):
@@ -135,6 +144,12 @@ def test_codes_alone_are_not_enough_where_rows_are_passed_on() -> None:
     made = trainer("transcoder", "topk", {"skip": True}).dictionary
     with pytest.raises(RowsError, match=r"a skip connection takes rows: decode\(f\). Give them too"):
         made.decode(torch.zeros(2, cases.LATENTS))
+
+
+def test_codes_and_rows_that_are_not_equally_many_are_told() -> None:
+    made, x = trainer("transcoder", "topk", {"skip": True}).dictionary, rows("transcoder", 0)
+    with pytest.raises(RowsError, match="codes and rows are not equally many: 2"):
+        made.decode(torch.zeros(2, cases.LATENTS), {"a": x["a"][:1]})
 
 
 @pytest.mark.parametrize("case", ["autoencoder", "crosscoder", "dedicated of 3"])

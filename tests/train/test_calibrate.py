@@ -116,6 +116,13 @@ def test_the_mean_number_of_codes_is_k_or_all_that_are_positive(seed: int, k: in
     assert abs(codes - wanted) <= 2  # scores within 1/8192 of each other are kept or left together
 
 
+def test_of_scores_that_are_all_alike_all_pass() -> None:
+    """More than twice as many as were asked for: none would be nearer, and would silence the dictionary."""
+    made = flat(3)
+    calibrate_on(made, [{"a": torch.full((5, 20), 2.0)}])
+    assert (made.encode({"a": torch.full((1, 20), 2.0)}) > 0).all()
+
+
 def test_rows_without_a_positive_score_leave_a_threshold_of_0() -> None:
     made = flat(3)
     calibrate_on(made, [{"a": -torch.ones(5, 20)}])

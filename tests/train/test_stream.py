@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.errors import CheckpointError, ConfigError, GranaryError, RowsError, TrainingError
+from shared.errors import CheckpointError, GranaryError, RowsError, TrainingError
 from tests import cases
 from tests.build import make_store
 from train.dictionary import Dictionary
@@ -89,7 +89,11 @@ def test_thresholds_are_calibrated_on_batches_of_their_own(tmp_path: Path) -> No
 
 
 NO_STORE: dict[str, tuple[dict[str, Any], str]] = {
-    "scale": ({**ASKED, "scale": {}}, "no known scale: scale.kind median_norm. Scale them"),
+    "scale": ({**ASKED, "scale": {}}, r"no known scale: scale\.kind median_norm, centre True\. Scale them"),
+    "centre": (changed("scale", centre=True), r"no known scale: scale\.kind none, centre True\. Scale them"),
+    "twice": (changed("wiring", sources=["a", "b", "a"]), "a source is named twice: a, b, a"),
+    "batch": ({**ASKED, "batch": 8}, r"batch 0 does not fit the run: a: \(16, 20\), not \(8, 20\)"),
+    "memory": (changed("wiring", latents=10**12), "the run does not fit into memory"),
     "bias": (changed("init", bias="median"), "a bias begins at rows of a store: init.bias median"),
     "rows": (changed("rows", split="all"), r"this is for runs on a store: \[rows\]"),
     "resample": (changed("resample", steps=[3]), r"this is for runs on a store: \[resample\]"),
@@ -121,15 +125,40 @@ def test_batches_that_are_wrong_are_named(tmp_path: Path) -> None:
     for number, (told, other) in enumerate(wrong.items()):
         with pytest.raises(RowsError, match=told):
             fit(then(other), ASKED, tmp_path / str(number), quiet=True)
-    with pytest.raises(RowsError, match=r"batch 0 does not fit the run: a: \(8, 20\), not \(16, 20\)"):
-        fit(made(batch=8), ASKED, tmp_path / "eight", quiet=True)
-    with pytest.raises(TrainingError, match=r"the loss is not finite: nan at step 10"):
-        fit(({**one, "b": one["b"] * torch.nan} for one in made()), ASKED, tmp_path / "nan", quiet=True)
+    for number in (2, 31):  # while it trains, and while it is measured
+        bad = ({**one, "b": one["b"] * (torch.nan if n == number else 1)} for n, one in enumerate(made()))
+        with pytest.raises(RowsError, match=f"batch {number} does not fit the run: b holds values that are not finite"):
+            fit(bad, ASKED, tmp_path / f"nan{number}", quiet=True)
+        assert [event["event"] for event in events(tmp_path / f"nan{number}")][-1] == "failed"
+
+
+def test_what_is_no_batch_is_told_before_any_work(tmp_path: Path) -> None:
+    [x] = made(1)
+    wrong: dict[str, tuple[Any, str]] = {
+        "tensors": (iter([x["a"]]), "the iterator gives no batch of rows"),
+        "none": (iter([]), "the iterator gives no batch of rows: None"),
+        "lines": (iter([{"a": x["a"][0], "b": x["b"]}]), r"a: \(20,\), not \(16, 20\)"),
+        "numbers": (iter([{0: x["a"], 1: x["b"]}]), "a source of this name cannot be: 0"),
+        "dots": (iter([{"l13.resid": x["a"], "b": x["b"]}]), "a source of this name cannot be: 'l13.resid'"),
+        "nothing": (iter([{"a": x["a"][:, :0], "b": x["b"]}]), r"a: \(16, 0\), not \(16, D\)"),
+        "list": ([x], r"these are batches, and no stores: a list of 1\. Give their iterator"),
+    }
+    for given, told in wrong.values():
+        with pytest.raises(GranaryError, match=told):
+            fit(given, ASKED, tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
+
+
+def test_arrays_and_what_gives_an_iterator_are_taken_too(tmp_path: Path) -> None:
+    class Given:
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return ({name: x_BD.numpy() for name, x_BD in x.items()} for x in made())
+
+    arrays, tensors = (fit(rows, ASKED, tmp_path / name, quiet=True) for name, rows in (("a", Given()), ("b", made())))
+    assert arrays.figures == tensors.figures
 
 
 def test_an_iterator_that_ends_too_early_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the iterator gives no batch"):
-        fit(iter([]), ASKED, tmp_path / "none", quiet=True)
     with pytest.raises(TrainingError, match=r"the batches have come to an end: after 12\. 18 more are needed"):
         fit(made(12), ASKED, tmp_path / "twelve", quiet=True)
     with pytest.raises(TrainingError, match=r"after 31\. 3 more are needed"):

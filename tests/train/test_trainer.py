@@ -235,3 +235,21 @@ def test_what_is_saved_is_the_moving_average_of_the_weights(decoder: str) -> Non
                 torch.testing.assert_close(value.detach(), right)
         assert decoder == "free" or torch.allclose(norm_L, torch.ones_like(norm_L))
     assert plain.trained() is plain.dictionary
+
+
+def test_weights_decay_and_what_0_is_no_rest_of_does_not() -> None:
+    """One step: matrices are less by rate x decay x what they were, biases, gates and thresholds as they would be."""
+    for name, case in (("gated", "dedicated"), ("jumprelu", "transcoder")):
+        plain, decayed = (
+            cases.trainer(case, name, STEPS, optimiser={"lr": 1e-2, "warmup": 1, "weight_decay": decay},
+                          wiring={"kind": cases.CASES[case][0], "latents": cases.LATENTS, "skip": case == "transcoder"})
+            for decay in (0.0, 0.5)
+        )  # fmt: skip
+        before = {key: value.detach().clone() for key, value in plain.dictionary.named_parameters()}
+        for trainer in (plain, decayed):
+            trainer.update(cases.random_rows(case, BATCH))
+        rate, after = plain.optimiser.param_groups[0]["lr"], dict(decayed.dictionary.named_parameters())
+        assert rate > 0
+        for key, value in plain.dictionary.named_parameters():
+            less = rate * 0.5 * before[key] if key.startswith(("encoder", "decoder", "skip")) else 0
+            torch.testing.assert_close(after[key], value - less, rtol=1e-6, atol=1e-7, msg=key)

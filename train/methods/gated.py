@@ -30,6 +30,6 @@ class Config(PenaltyConfig):
         terms = [
             self.reconstruction(),
             L1("l1", ramp(0.0, self.l1, self.l1_warmup)),
-            Frozen("frozen", constant(1.0)),
+            Frozen("frozen", constant(1.0), self.recon),
         ]
         return Method(Gated(wiring.latents), [*terms, *self.extras()])

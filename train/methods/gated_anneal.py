@@ -19,5 +19,5 @@ class Config(PowerConfig):
     name: Literal["gated_anneal"] = "gated_anneal"
 
     def build(self, wiring: Wiring, steps: int) -> Method:
-        terms = [self.reconstruction(), self.penalty(steps), Frozen("frozen", constant(1.0))]
+        terms = [self.reconstruction(), self.penalty(steps), Frozen("frozen", constant(1.0), self.recon)]
         return Method(Gated(wiring.latents), [*terms, *self.extras()])
