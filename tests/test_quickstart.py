@@ -1,4 +1,5 @@
-"""The quickstart on its real models, with its own configs, and what must hold of the store and the dictionary."""
+"""The quickstart on its real models, and what must hold of the store and the dictionaries: on fewer rows, and (slow) as
+it is."""
 
 import importlib.util
 import itertools
@@ -6,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,32 @@ def _all_cores() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the quickstart's two commands were run."""
-    place = tmp_path_factory.mktemp("quickstart")
-    run(place, "harvest", "run", QUICKSTART / "harvest.toml")
-    run(place, "train", "run", "runs/quickstart.zarr", "--config", QUICKSTART / "train.toml", "--out", "runs/dfc")
-    return place
+    """A folder in which the quickstart's two commands were run, on fewer rows, for fewer latents."""
+    return quickstart(tmp_path_factory.mktemp("quickstart"), ["rows.count=16000"], ["wiring.latents=1024"])
 
 
 @pytest.fixture(scope="module")
 def store(folder: Path) -> Store:
     return Store.open(folder / "runs" / "quickstart.zarr")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which they were run as they are."""
+    return quickstart(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def whole_store(whole: Path) -> Store:
+    return Store.open(whole / "runs" / "quickstart.zarr")
+
+
+def quickstart(place: Path, of_harvest: Sequence[str] = (), of_training: Sequence[str] = ()) -> Path:
+    settings = [[word for one in some for word in ("--set", one)] for some in (of_harvest, of_training)]
+    run(place, "harvest", "run", QUICKSTART / "harvest.toml", *settings[0])
+    config = ("--config", QUICKSTART / "train.toml", "--out", "runs/dfc")
+    run(place, "train", "run", "runs/quickstart.zarr", *config, *settings[1])
+    return place
 
 
 def run(place: Path, stage: str, *words: object) -> str:
@@ -150,11 +167,17 @@ def test_the_dictionary_beats_the_mean_an_untrained_one_and_pca_on_held_out_docu
 
 
 @pytest.mark.slow
-def test_every_method_beats_them_too(store: Store, tmp_path: Path) -> None:
+def test_the_dictionary_of_the_quickstart_as_it_is_beats_them_too(whole: Path, whole_store: Store) -> None:
+    rows, beats = beats_table(whole_store, [whole / "runs" / "dfc"])
+    assert beats, rows
+
+
+@pytest.mark.slow
+def test_every_method_beats_them_too(whole_store: Store, tmp_path: Path) -> None:
     config = configs.read_toml(PIPELINES / "methods" / "methods.toml")
-    found = sweep(store, config, tmp_path / "methods", quiet=True)
+    found = sweep(whole_store, config, tmp_path / "methods", quiet=True)
     assert not found.failed and {run.dictionary.method.name for run in found.runs} == set(methods.names())
-    rows, beats = beats_table(store, [run.folder for run in found.runs])
+    rows, beats = beats_table(whole_store, [run.folder for run in found.runs])
     assert beats, report.aligned(rows)
 
 
@@ -194,9 +217,9 @@ BUDGETED = {
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("asked", [PENALISED, BUDGETED], ids=["standard", "batch_topk"])
 def test_of_two_copies_of_a_model_no_latent_of_a_crosscoder_looks_exclusive(
-    rotated: bool, asked: dict[str, Any], store: Store, tmp_path: Path
+    rotated: bool, asked: dict[str, Any], whole_store: Store, tmp_path: Path
 ) -> None:
-    figures = trained_on_copies(store, rotated, tmp_path / "run", **asked)
+    figures = trained_on_copies(whole_store, rotated, tmp_path / "run", **asked)
     alive = figures["spans"]["all"]["alive"]
     assert alive > 0.8 * asked["wiring"]["latents"]
     for source in figures["sources"].values():
@@ -206,13 +229,13 @@ def test_of_two_copies_of_a_model_no_latent_of_a_crosscoder_looks_exclusive(
 @pytest.mark.slow
 @pytest.mark.parametrize("rotated", [False, True])
 def test_of_two_copies_of_a_model_exclusive_spans_are_exposed_by_their_shadows(
-    rotated: bool, store: Store, tmp_path: Path
+    rotated: bool, whole_store: Store, tmp_path: Path
 ) -> None:
     """Planted own features have a shadow below 0.3 (tests/train/test_exclusivity.py)."""
     wiring = {"kind": "dedicated", "latents": 256, "k": {"only_model": 1, "only_copy": 1}}
     figures = trained_on_copies(
-        store, rotated, tmp_path / "run", wiring=wiring, method={"name": "batch_topk", "k": 14}, steps=1500, batch=512,
-        optimiser={"lr": 2e-3, "warmup": 50},
+        whole_store, rotated, tmp_path / "run", wiring=wiring, method={"name": "batch_topk", "k": 14}, steps=1500,
+        batch=512, optimiser={"lr": 2e-3, "warmup": 50},
     )  # fmt: skip
     for name in ("only_model", "only_copy"):
         span = figures["spans"][name]
