@@ -197,8 +197,8 @@ def said(tmp_path: Path, *settings: str) -> str:
 def test_with_half_as_many_latents_as_concepts_a_dedicated_crosscoder_finds_more_own_ones(tmp_path: Path) -> None:
     asked = configs.parse(Whole, tomllib.loads((HOME / "reduced.toml").read_text()))
     found = {kind: toy.one(toy.Run(kind, 256, 0), asked, tmp_path) for kind in ("standard", "dedicated")}  # type: ignore[arg-type]
-    assert found["dedicated"]["own"] > found["standard"]["own"] + 0.1
-    assert found["dedicated"]["shared"] > 0.35 and found["dedicated"]["false"] < 0.3
+    assert found["dedicated"]["own"] > found["standard"]["own"] + 0.2
+    assert found["dedicated"]["shared"] > 0.35 and found["dedicated"]["false"] < 0.5
 
 
 FEW = ("runs.latents=[64]", "runs.denser=[2.0]", "runs.seeds=[0, 1]", "toy.concepts=128", "toy.width=32")

@@ -11,6 +11,7 @@ Letters: G concepts, L latents, B rows of a batch, D width of a model, N rows.
 import json
 import math
 import multiprocessing
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -296,11 +297,10 @@ def _mean(seeds: list[Mapping[str, Any]], column: str) -> str:
 def draw(results: Mapping[Run, Mapping[str, Any]], concepts: int, path: Path) -> None:
     """Each column over the size of the dictionary."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    figure = Figure(figsize=(16, 3.8), layout="constrained")
+    axes = figure.subplots(1, 4)
     for column, place in zip(("own", "shared", "false", "fve"), axes, strict=True):
         for label in dict.fromkeys(run.label for run in results):
             sizes = sorted({run.latents for run in results})
@@ -314,12 +314,12 @@ def draw(results: Mapping[Run, Mapping[str, Any]], concepts: int, path: Path) ->
             if points:
                 x, y, errors = zip(*points, strict=True)
                 place.errorbar(x, y, errors, label=label, marker="o", capsize=3)
-        place.set(
-            title=COLUMNS[column].replace(" by ", "\nby ").replace(": those", ":\nthose"), xlabel="latents / concepts"
-        )
+        title = re.sub(r"( by |: |, )", r"\1\n", COLUMNS[column], count=1)
+        place.set(title=title, xlabel="latents / concepts")
         place.set_ylim(0, 1)
     axes[0].legend()
-    figure.savefig(path)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "granary"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main(
@@ -340,7 +340,7 @@ def main(
             results[run] = result.result()
             typer.echo(f"{number}/{len(runs)} {run.name}: {json.dumps(results[run])}", err=True)
     lines = [" | ".join(row) for row in table(results)]
-    text = "\n".join(f"| {line} |" for line in [lines[0], "|".join(["---"] * (2 + len(COLUMNS))), *lines[1:]])
+    text = "\n".join(f"| {line} |" for line in [lines[0], " | ".join(["---"] * (2 + len(COLUMNS))), *lines[1:]])
     legend = "\n".join(f"- `{column}`: {meaning}" for column, meaning in COLUMNS.items())
     (out / "table.md").write_text(f"{text}\n\n{legend}\n", encoding="utf-8")
     draw(results, asked.toy.concepts, out / "figure.svg")
