@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared import config as configs
-from shared.device import peak_memory
 from shared.errors import ConfigError, TrainingError
 from shared.store import Store
 from tests import cases
