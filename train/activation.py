@@ -184,8 +184,8 @@ class BatchTopK(Selecting):
         if self.training:
             rows = len(score_BL)
             return self.budgets.select(score_BL, self.counts, lambda score, k: top_of_batch(score, k * rows))
-        threshold = self.threshold if self.threshold.ndim == 1 else self.threshold[writer]
-        return above(score_BL, threshold[self.budgets.group_L])
+        own = self.threshold.view(-1, len(self.budgets.ks))[writer]
+        return above(score_BL, own[self.budgets.group_L])
 
     def observe(self, code: Code, norm_L: Tensor) -> None:
         smallest = parallel.least(code.smallest(norm_L, self.budgets.group_L, len(self.budgets.ks)))

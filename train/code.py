@@ -44,8 +44,8 @@ class Ports:
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
     def spread(self, of_S: Tensor) -> Tensor:
-        """The other way round: a value per latent of the source over the dictionary's latents, 0 for all others."""
-        return of_S[self.local_L] * self.present_L
+        """The other way round: what each latent of the source has, over the dictionary's latents; 0 for all others."""
+        return of_S[self.local_L] * self.present_L.view(-1, *[1] * (of_S.ndim - 1))
 
     @property
     def size(self) -> int:

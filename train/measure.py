@@ -152,13 +152,12 @@ class Measure:
 
     def _sources(self, share_WL: Tensor, alive_L: Tensor) -> dict[str, dict[str, float | None]]:
         figures: dict[str, dict[str, float | None]] = {}
+        bins = _bins(share_WL, alive_L)
         for index, (source, sums) in enumerate(self.sums.items()):
-            exclusive, only = _bins(share_WL, alive_L)[index] if len(share_WL) > 1 else (None, None)
             figures[source] = {
                 **sums.result(self.rows, float(self.dictionary.scale.factor(source))),
                 "l0": self.firings[source] / self.rows,
-                "exclusive": exclusive,
-                "only": only,
+                **{kind: counts[index] if len(share_WL) > 1 else None for kind, counts in bins.items()},
             }
         return figures
 
@@ -174,8 +173,10 @@ class Measure:
                 "dense": float((density_L[one] > DENSE).double().mean()),
                 "fve": {source: self.sums[source].gained(name, self.rows) for source in writers[name]},
                 "density": _log_histogram(density_L[one]),
-                "exclusive": dict(zip(self.sums, (n for n, _ in _bins(share_WL[:, one], alive_L[one])), strict=True)),
-                "only": dict(zip(self.sums, (n for _, n in _bins(share_WL[:, one], alive_L[one])), strict=True)),
+                **{
+                    kind: dict(zip(self.sums, counts, strict=True))
+                    for kind, counts in _bins(share_WL[:, one], alive_L[one]).items()
+                },
                 **exclusive.get(name, {}),
             }
             for name, one in self.dictionary.wiring.slices.items()
@@ -192,10 +193,10 @@ class Measure:
         return {"edges": np.linspace(0, 1, BINS + 1).round(4).tolist(), "counts": histograms}
 
 
-def _bins(share_WL: Tensor, alive_L: Tensor) -> list[tuple[int, int]]:
-    """Of every source the live latents that look exclusive to it, by R and by the normalised difference."""
-    both = (share_WL > EXCLUSIVE, normalised_difference(share_WL) > ONLY)
-    return list(zip(*((one & alive_L).sum(1).tolist() for one in both), strict=True))
+def _bins(share_WL: Tensor, alive_L: Tensor) -> dict[str, list[int]]:
+    """How many live latents look exclusive to each source, by R (exclusive) and by the normalised difference (only)."""
+    both = {"exclusive": share_WL > EXCLUSIVE, "only": normalised_difference(share_WL) > ONLY}
+    return {kind: (one & alive_L).sum(1).tolist() for kind, one in both.items()}
 
 
 def _log_histogram(density_L: Tensor) -> dict[str, Any]:

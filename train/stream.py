@@ -38,7 +38,8 @@ class Stream:
     def __init__(self, rows: Iterator[Rows], config: TrainConfig) -> None:
         first = next(rows, None)
         if not isinstance(first, Mapping) or not first:
-            raise ConfigError("the iterator gives no batch of rows", first, "Give {source: rows [batch, width]}")
+            given = first if first is None else f"a {type(first).__name__}"  # not all the numbers of a tensor
+            raise ConfigError("the iterator gives no batch of rows", given, "Give {source: rows [batch, width]}")
         names = config.wiring.sources or list(first)
         if missing := [name for name in names if name not in first]:
             raise ConfigError("the batches have no such source", missing[0], f"They have: {', '.join(map(str, first))}")

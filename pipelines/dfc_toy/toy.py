@@ -34,7 +34,6 @@ from shared.device import device_of
 from shared.errors import ConfigError, GranaryError
 from train import Dictionary, fit
 from train.chance import keyed
-from train.code import Ports
 from train.compare import mmcs
 from train.config import TrainConfig
 from train.dictionary import relative_norms
@@ -204,8 +203,7 @@ def _by_frequency(toy: Toy, has: Mapping[str, Tensor], alive_L: Tensor) -> list[
 
 def _cosines(dictionary: Dictionary, toy: Toy, model: str) -> Tensor:
     """Of every concept with every latent's decoder vector of a model, [G, L]; 0 where it writes nothing there."""
-    ports: Ports = dictionary.writes[model]
-    d_LD = dictionary.decoder[model][ports.local_L] * ports.present_L[:, None]
+    d_LD = dictionary.writes[model].spread(dictionary.decoder[model])
     return normalize(toy.vectors[model], dim=1) @ normalize(d_LD, dim=1).T
 
 
