@@ -73,7 +73,7 @@ def test_a_stop_reaches_every_process(store: Store, tmp_path: Path) -> None:
     metrics = [folder / "metrics.jsonl" for folder in folders]
 
     def stop() -> None:
-        while not all(one.exists() and '"step"' in one.read_text() for one in metrics):
+        while not all(one.exists() and '"event": "step"' in one.read_text() for one in metrics):
             time.sleep(0.05)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
@@ -96,7 +96,7 @@ def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_of_every_run(store: Store, tmp
     given = [sys.executable, "-c", code, store.path, *folders]
     with subprocess.Popen(given, start_new_session=True, stderr=subprocess.DEVNULL) as parent:
         metrics = [folder / "metrics.jsonl" for folder in folders]
-        while not all(one.exists() and '"step"' in one.read_text() for one in metrics):
+        while not all(one.exists() and '"event": "step"' in one.read_text() for one in metrics):
             assert parent.poll() is None
             time.sleep(0.05)
         os.killpg(parent.pid, signal.SIGINT)
