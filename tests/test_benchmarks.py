@@ -29,6 +29,7 @@ def test_put_is_compared_with_a_plain_write(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_memory_is_told_by_phase_and_rows(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     told = said(memory.main, ["300"], monkeypatch, capfd)
     assert re.search(r"peak, MB +300 rows +1,200 rows +4,800 rows", told)

@@ -134,7 +134,7 @@ def perfect(made: Toy, wrong: bool = False) -> Dictionary:
 
 def test_a_dictionary_of_all_concepts_has_found_them() -> None:
     made = world()
-    told = toy.found(perfect(made), made, 1024)
+    told = toy.found(perfect(made), made)
     assert told.pop("mmcs") == pytest.approx(1) and told.pop("rarest_to_commonest") == [1.0] * 4
     assert told == {
         "own": 1.0, "own_any": 1.0, "shared": 1.0, "false": 0.0, "nothing": 0.0, "lost": 0.0, "classified": 10,
@@ -143,23 +143,24 @@ def test_a_dictionary_of_all_concepts_has_found_them() -> None:
 
 def test_shared_concepts_in_a_models_own_latents_are_false() -> None:
     made = world()
-    told = toy.found(perfect(made, wrong=True), made, 1024)
+    told = toy.found(perfect(made, wrong=True), made)
     assert told["own"] == told["own_any"] == 0.5 and told["false"] == 0.5 and told["nothing"] == 0.0
     noise = perfect(made)
     with torch.no_grad():
         noise.decoder["a"][:5] = torch.randn(5, 48, generator=torch.Generator().manual_seed(9))
-    assert toy.found(noise, made, 1024)["nothing"] == 0.5
+    assert toy.found(noise, made)["nothing"] == 0.5
 
 
 @pytest.mark.parametrize("kind", ["standard", "designated", "dedicated"])
-def test_nothing_is_found_before_a_run(kind: Any) -> None:
+def test_nothing_is_found_before_a_run(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dictionary does not begin at the concepts of the world with its seed."""
+    monkeypatch.setattr(toy, "ROWS", 2**14)
     asked = configs.parse(Whole, tomllib.loads((HOME / "reduced.toml").read_text()))
     for seed in range(3):
         made = Toy(asked.toy, seed, CPU)
         config = configs.parse(TrainConfig, toy.Run(kind, 256, seed).config(asked))
         shape = prepare.shape(config, {"a": 64, "b": 64})
-        told = toy.found(prepare.initialised(shape, Scale(shape.wiring.widths)).dictionary, made, 1024)
+        told = toy.found(prepare.initialised(shape, Scale(shape.wiring.widths)).dictionary, made)
         assert (told["own_any"], told["shared"], told["mmcs"] < 0.5) == (0, 0, True)
 
 
@@ -167,7 +168,7 @@ def test_where_no_latent_is_one_models_own_nothing_is_false() -> None:
     made = world()
     wires = build("crosscoder", dict.fromkeys(("a", "b"), 48), 96)
     dictionary = create(wires, cases.method("topk", k=20), Scale(wires.widths), "sum", 1)[0].initialise(0, 0.4)
-    told = toy.found(dictionary, made, 1024)
+    told = toy.found(dictionary, made)
     assert told["classified"] == 0 and told["false"] is None and told["own"] == 0.0
 
 

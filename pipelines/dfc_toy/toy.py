@@ -45,7 +45,7 @@ MODELS = ("a", "b")
 FOUND = 0.8  # cosine above which a latent is a concept's: 12 sigma from random at width 256
 OWN = 0.8  # R above which a latent counts as one model's own
 WORLD = 1  # the purpose of its random numbers
-ROWS = 2**18  # on which a latent must fire once to be alive
+ROWS, BATCH = 2**18, 1024  # on which a latent must fire once to be alive; and how many of them at once
 DESIGNATED = 0.1  # share of the latents, in the method of Mishra-Sharma et al. 2025
 COLUMNS = {
     "own": "own concepts found by a latent of that model's own",
@@ -161,11 +161,11 @@ def _std(value: float, reading: Reading) -> float:
 
 
 @torch.no_grad()
-def found(dictionary: Dictionary, toy: Toy, batch: int) -> dict[str, Any]:
+def found(dictionary: Dictionary, toy: Toy) -> dict[str, Any]:
     """How much of the world a dictionary has found (COLUMNS); None where no latent is one model's own."""
     dictionary.eval()
     firings = Firings(dictionary)
-    for x in islice(toy.rows(batch), -(-ROWS // batch)):
+    for x in islice(toy.rows(BATCH), ROWS // BATCH):
         firings.add(x)
     alive_L = (firings.fires_L > 0).to(toy.p_G.device)
     has = {name: _cosines(dictionary, toy, name) > FOUND for name in MODELS}  # [G, L]
@@ -265,7 +265,7 @@ def one(run: Run, asked: Whole, out: Path) -> dict[str, Any]:
     toy = Toy(asked.toy, run.seed, device_of(config.device))
     done = fit(toy.rows(config.batch), config, folder, quiet=True)
     fve = [source["fve"] for source in done.figures["sources"].values()]
-    told = {**found(done.dictionary, toy, config.batch), "fve": sum(fve) / len(fve)}
+    told = {**found(done.dictionary, toy), "fve": sum(fve) / len(fve)}
     files.write_json(folder / "found.json", {"of": of, "found": told})
     return told
 

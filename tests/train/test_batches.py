@@ -99,8 +99,8 @@ def test_steps_are_so_many_batches_at_most(store: Store) -> None:
     )
 
 
-@given(st.integers(2, 7), st.integers(1, 12), st.sampled_from(["map", "pread", "packed"]), st.booleans())
-@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 7), st.integers(1, 6), st.sampled_from(["map", "pread", "packed"]), st.booleans())
+@settings(max_examples=8, deadline=None)
 def test_every_group_is_of_neighbours_in_one_document_and_comes_once_an_epoch(
     store: Store, packed: Store, length: int, groups: int, io: str, keep: bool
 ) -> None:
