@@ -82,7 +82,7 @@ class Budgets(nn.Module):
 
     def parts(self, score_BL: Tensor) -> list[Tensor]:
         """The scores of each group."""
-        return [score_BL[:, self.get_buffer(f"latents_{number}")] for number in range(len(self.ks))]
+        return [score_BL.T[self.get_buffer(f"latents_{number}")].T for number in range(len(self.ks))]
 
     def select(self, score_BL: Tensor, counts: Sequence[int], pick: Callable[[Tensor, int], Entries]) -> Entries:
         """pick(scores of a group, how many of a row) for every group, as entries of the whole."""
@@ -99,7 +99,7 @@ class Budgets(nn.Module):
 
 
 class Selecting(Activation):
-    """f = relu(h) where relu(h) x norm is among the largest, by the budgets of a wiring.
+    """f = relu(h) where h x norm is among the largest, by the budgets of a wiring.
 
     Of norms per writer (decoupled) each selects for what is written there alone.
     """
@@ -123,24 +123,29 @@ class Selecting(Activation):
         return self.kept(pre, norm_L, self.pick)
 
     def kept(self, pre: Pre, norm_L: Tensor, pick: Pick) -> Code:
-        return self._kept(relu(pre.h_BL), norm_L, lambda entries: relu(pre.at(entries)), pick)
+        if norm_L.ndim > 1:
+            return self._split(pre.h_BL, norm_L, lambda entries: relu(pre.at(entries)), pick)
+        if pre.sparse(sum(self.counts) / len(norm_L)):
+            entries = pick(pre.weighed(norm_L), 0)
+            return SparseCode(entries, relu(pre.at(entries)))
+        f_BL = relu(pre.dense_BL)
+        entries = pick(pre.weighed(norm_L), 0)
+        f_BL = f_BL * torch.zeros_like(f_BL).index_put_((entries.row_K, entries.latent_K), f_BL.new_ones(()))
+        return DenseCode(f_BL, f_BL)
 
     def again(self, f_BL: Tensor, norm_L: Tensor) -> Code:
         if norm_L.ndim == 1:
             return super().again(f_BL, norm_L)
-        return self._kept(f_BL, norm_L, lambda entries: f_BL[entries.row_K, entries.latent_K], self.pick)
+        return self._split(f_BL, norm_L, lambda entries: f_BL[entries.row_K, entries.latent_K], self.pick)
 
-    def scores(self, f_BL: Tensor, norm_L: Tensor) -> list[Tensor]:
-        """f x norm, [B, L], once or (decoupled) for every writer. No graph."""
-        return [f_BL * own_L for own_L in norm_L.detach().view(-1, norm_L.shape[-1])]
+    def scores(self, pre: Pre, norm_L: Tensor) -> list[Tensor]:
+        """h x norm, [B, L], once or (decoupled) for every writer. No graph."""
+        return [pre.weighed(norm_L)] if norm_L.ndim == 1 else [pre.h_BL * own_L for own_L in norm_L.detach()]
 
-    def _kept(self, f_BL: Tensor, norm_L: Tensor, at: Callable[[Entries], Tensor], pick: Pick) -> Code:
-        scores = self.scores(f_BL, norm_L)
-        if norm_L.ndim == 1:
-            entries = pick(scores[0], 0)
-            return SparseCode(entries, at(entries))
+    def _split(self, h_BL: Tensor, norm_WL: Tensor, at: Callable[[Entries], Tensor], pick: Pick) -> SplitCode:
         codes = {}
-        for number, (writer, score_BL) in enumerate(zip(self.writers, scores, strict=True)):
+        for number, (writer, own_L) in enumerate(zip(self.writers, norm_WL.detach(), strict=True)):
+            score_BL = h_BL * own_L
             entries = pick(score_BL, number)
             writes_K = score_BL[entries.row_K, entries.latent_K] > 0  # not those that fill up what is left of a budget
             codes[writer] = SparseCode(entries, at(entries) * writes_K)

@@ -13,7 +13,6 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import relu
 
 from shared.log import bar
 from shared.view import View
@@ -42,8 +41,8 @@ def calibrate_on(dictionary: Dictionary, batches: Iterable[Mapping[str, Tensor]]
     with evaluating(dictionary):
         for x in batches:
             pre = dictionary.pre(x)
-            seen += len(pre.h_BL)
-            for writer, score_BL in enumerate(activation.scores(relu(pre.h_BL), norm_L)):
+            seen += pre.rows
+            for writer, score_BL in enumerate(activation.scores(pre, norm_L)):
                 for group, score in enumerate(activation.budgets.parts(score_BL)):
                     bins = score[score > 0].float().view(torch.int32) >> SHIFT
                     before = counted.get((writer, group), 0)

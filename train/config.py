@@ -10,6 +10,7 @@ from shared.reading import IO, Access
 from train import method as methods
 from train.dictionary import Norm
 from train.filter import RowsConfig
+from train.kernels import Choice
 from train.scale import Kind
 
 
@@ -118,6 +119,7 @@ class TrainConfig(Config):
     resample: ResampleConfig = ResampleConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     log: LogConfig = LogConfig()
+    kernels: Choice = "auto"  # whether kept codes are entries (sparse) or matrices (dense): by what is faster
     device: str = "auto"  # auto: cuda where there is one
     threads: int | None = Field(None, ge=1)  # of torch on the CPU; none: torch's own choice
 

@@ -21,6 +21,7 @@ from shared.device import device_of
 from shared.errors import CheckpointError, RowsError
 from train import method as methods
 from train.code import Activation, Code, Forward, Ports, Pre
+from train.kernels import Choice
 from train.scale import Scale
 from train.sources import parts
 from train.wiring import Span, Wiring
@@ -71,6 +72,7 @@ class Dictionary(nn.Module):
         super().__init__()
         self.wiring, self.method, self.norm, self.alpha = wiring, method, norm, alpha
         self.activation, self.scale = activation, scale
+        self.kernels: Choice = "auto"
         self.reads = {name: Ports.of(name, wiring.read_by(name), wiring.latents) for name in wiring.readers}
         self.writes = {name: Ports.of(name, wiring.written_to(name), wiring.latents) for name in wiring.writers}
         self.encoder = Weights({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.reads.items()})
@@ -175,7 +177,8 @@ class Dictionary(nn.Module):
     def pre(self, x: Mapping[str, Tensor]) -> Pre:
         """The pre-activations of raw rows {reader: [B, D]}. Raises RowsError where they do not fit."""
         scaled = {name: self.scale.scaled(name, self._rows(name, x)) for name in self.wiring.readers}
-        return Pre(self.wiring, scaled, {n: self.encoder[n] for n in self.encoder}, self.reads, self.activation.bias_L)
+        weights = dict(self.encoder.items())
+        return Pre(self.wiring, scaled, weights, self.reads, self.activation.bias_L, self.kernels)
 
     def _rows(self, source: str, x: Mapping[str, Tensor]) -> Tensor:
         """The rows of a source; those of a difference are made of its two sources where they are not given."""

@@ -3,9 +3,10 @@
 Letters: B rows of a batch, D width of a source, L latents of the dictionary, S latents of one source, K kept entries.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 
 from train import parallel
+
+Choice = Literal["auto", "sparse", "dense"]
+# The share of entries up to which kept ones are faster than whole matrices: tests/benchmarks/LOG.md.
+SPARSE = {"cpu": 0.1, "cuda": 0.02}
+
+
+def sparse(choice: Choice, device: torch.device, share: float) -> bool:
+    """Whether codes of which this share is kept go by their entries."""
+    return share <= SPARSE.get(device.type, 0.0) if choice == "auto" else choice == "sparse"
 
 
 @dataclass(frozen=True)
@@ -46,12 +56,47 @@ def _starts(index_K: Tensor, length: int) -> Tensor:
     return torch.cumsum(counts, 0) - counts
 
 
+def by_latent(score_BL: Tensor) -> bool:
+    """Whether the rows of a latent lie side by side in memory, and not the latents of a row."""
+    return score_BL.T.is_contiguous() and not score_BL.is_contiguous()
+
+
+APART = 17  # of so many, one is in the sample that a bound is guessed from; not in step with the latents of a row
+
+
 def top_per_row(score_BL: Tensor, k: int) -> Entries:
     """The k largest of every row. Exactly B x k entries; among ties, any."""
     rows, latents = score_BL.shape
-    latent_Bk = score_BL.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    latent_Bk = largest(score_BL, k).sort(dim=1).values
     row_K = torch.arange(rows, device=score_BL.device).repeat_interleave(k)
     return Entries(row_K, latent_Bk.flatten(), rows, latents)
+
+
+def largest(score_BL: Tensor, k: int) -> Tensor:
+    """Where the k largest of every row are, [B, k], in any order.
+
+    None of them is outside of the k groups whose largest scores are the largest: nothing else is sorted.
+    """
+    latents, device = score_BL.shape[1], score_BL.device
+    group = _group(latents, k)
+    if group == 1:
+        return score_BL.contiguous().topk(k, dim=1, sorted=False).indices
+    groups = latents // group
+    whole_BN = score_BL[:, : groups * group]
+    if by_latent(score_BL):
+        largest_BG = whole_BN.T.view(group, groups, -1).amax(0).T.contiguous()
+    else:
+        largest_BG = whole_BN.unflatten(1, (group, groups)).amax(1)
+    best_Bk = largest_BG.topk(k, dim=1, sorted=False).indices
+    members_G1 = torch.arange(0, groups * group, groups, device=device)[:, None]
+    left = torch.arange(groups * group, latents, device=device).expand(len(score_BL), -1)
+    place_BN = torch.cat([(best_Bk[:, None] + members_G1).flatten(1), left], 1)
+    return place_BN.gather(1, score_BL.gather(1, place_BN).topk(k, dim=1, sorted=False).indices)
+
+
+def _group(length: int, k: int) -> int:
+    """How many scores are a group, so that there are about as many groups as scores in k of them; 1: do without."""
+    return 1 if length < 16 * k or not k else 2 ** round(math.log2(length / k) / 2)
 
 
 def top_of_batch(score_BL: Tensor, count: int) -> Entries:
@@ -60,11 +105,56 @@ def top_of_batch(score_BL: Tensor, count: int) -> Entries:
     Under torchrun those of this matrix that are among the `count` x ranks largest of all ranks' matrices together.
     """
     rows, latents = score_BL.shape
-    ranks = parallel.world()
-    best = score_BL.flatten().topk(min(count * ranks, score_BL.numel()), sorted=ranks > 1)
-    flat_K = best.indices if ranks == 1 else best.indices[: _share_of_best(best.values, count * ranks)]
+    ranks, transposed = parallel.world(), by_latent(score_BL)
+    score_N = (score_BL.T if transposed else score_BL).flatten()
+    flat_K = _top_of_all(score_N, min(count * ranks, len(score_N)))
+    if ranks > 1:
+        best = score_N[flat_K].sort(descending=True)
+        flat_K = flat_K[best.indices[: _share_of_best(best.values, count * ranks)]]
+    return _entries(flat_K, rows, latents, transposed)
+
+
+def _entries(flat_K: Tensor, rows: int, latents: int, transposed: bool) -> Entries:
+    """Of places in a matrix, or in the transposed one, in any order."""
+    if transposed:
+        flat_K = flat_K % rows * latents + flat_K // rows
     flat_K = flat_K.sort().values
     return Entries(flat_K // latents, flat_K % latents, rows, latents)
+
+
+def _top_of_all(score_N: Tensor, count: int) -> Tensor:
+    """Where the `count` largest are, in any order.
+
+    A CPU sorts one row on one core: there all but what is not below a bound is left out first. This waits for how much
+    that is, which costs a CPU nothing.
+    """
+    group = _group(len(score_N), count)
+    if score_N.device.type != "cpu" or group == 1:
+        return largest(score_N[None], count)[0]
+    groups = len(score_N) // group
+    grouped_GN, left_N = score_N[: groups * group].view(group, groups), score_N[groups * group :]
+    best_N = grouped_GN.amax(0)
+    bound = _bound(best_N, count)
+    group_n = torch.nonzero(~(best_N < bound)).flatten()  # NaN passes, so that it is seen
+    inside_Gn = grouped_GN.index_select(1, group_n)
+    member_m, which_m = torch.nonzero(~(inside_Gn < bound), as_tuple=True)
+    place_m = torch.cat([member_m * groups + group_n[which_m], torch.arange(groups * group, len(score_N))])
+    score_m = torch.cat([inside_Gn[member_m, which_m], left_N])
+    return place_m[score_m.topk(count, sorted=False).indices]
+
+
+def _bound(score_N: Tensor, count: int) -> Tensor:
+    """A value that at least `count` of these are not below, and few more: of a sample, and verified."""
+    sample_n = score_N[::APART]
+    expected = count / APART
+    for sigmas in (4, 16):
+        take = math.ceil(expected + sigmas * math.sqrt(expected)) + 1
+        if take >= len(sample_n):
+            break
+        bound = sample_n.topk(take, sorted=False).values.amin()
+        if int(torch.count_nonzero(~(score_N < bound))) >= count:
+            return bound
+    return torch.full((), -torch.inf)
 
 
 def _share_of_best(value_n: Tensor, count: int) -> int:
@@ -84,8 +174,9 @@ def _share_of_best(value_n: Tensor, count: int) -> int:
 def above(score_BL: Tensor, threshold: Tensor | float) -> Entries:
     """The entries above a threshold: as many as there are, so this waits for the device."""
     rows, latents = score_BL.shape
-    row_K, latent_K = torch.nonzero(score_BL > threshold, as_tuple=True)
-    return Entries(row_K, latent_K, rows, latents)
+    above_BL, transposed = score_BL > threshold, by_latent(score_BL)
+    flat_K = torch.nonzero((above_BL.T if transposed else above_BL).flatten()).flatten()
+    return _entries(flat_K, rows, latents, transposed)
 
 
 def sums_by_latent(entries: Entries, x_BD: Tensor, weight_K: Tensor) -> Tensor:
@@ -98,14 +189,14 @@ def sums_by_latent(entries: Entries, x_BD: Tensor, weight_K: Tensor) -> Tensor:
 class PreActivation(Function):
     """Pre-activations at kept entries, given their values: h = b[latent] + sum over sources of x[row] . W[latent].
 
-    The forward pass gathers from `h_BL`, which was computed without a graph; the backward pass touches the kept
-    entries only, and never holds a dense B x L gradient. Rows need no gradient.
+    `h_K` was computed without a graph; the backward pass touches the kept entries only, and never holds a dense B x L
+    gradient. Rows need no gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        h_BL: Tensor,
+        h_K: Tensor,
         entries: Entries,
         slices: list[tuple[slice, ...]],
         x: list[Tensor],
@@ -113,7 +204,7 @@ class PreActivation(Function):
         *weights: Tensor,
     ) -> Tensor:
         ctx.entries, ctx.slices, ctx.x = entries, slices, x
-        return h_BL[entries.row_K, entries.latent_K]
+        return h_K.view_as(h_K)
 
     @staticmethod
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,6 +215,37 @@ class PreActivation(Function):
             sums_LD = sums_by_latent(entries, x_BD, grad_K)
             weights.append(torch.cat([sums_LD[one] for one in slices]) if len(slices) > 1 else sums_LD[slices[0]])
         return None, None, None, None, bias, *weights
+
+
+class Columns(Function):
+    """The codes of some latents, given their values `f_Bn`: relu(h) where it is kept, and 0.
+
+    With the gradients that PreActivation has of kept entries, by products over these latents alone. Of every source
+    `places` has its rows, where each of the latents stands in its weights, and 1, or 0 where it has no part in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        f_Bn: Tensor,
+        latent_n: Tensor,
+        places: list[tuple[Tensor, Tensor, Tensor]],
+        bias_L: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(f_Bn, bias_L, *weights)
+        ctx.latent_n, ctx.places = latent_n, places
+        return f_Bn.view_as(f_Bn)
+
+    @staticmethod
+    def backward(ctx: Any, grad_Bn: Tensor) -> tuple[Tensor | None, ...]:
+        f_Bn, *parameters = ctx.saved_tensors
+        grad_Bn = grad_Bn * (f_Bn > 0)
+        bias, *weights = (torch.zeros_like(one) for one in parameters)
+        bias[ctx.latent_n] = grad_Bn.sum(0)
+        for weight, (x_BD, local_n, present_n) in zip(weights, ctx.places, strict=True):
+            weight.index_add_(0, local_n, (grad_Bn.T @ x_BD) * present_n[:, None])
+        return None, None, None, bias, *weights
 
 
 class Decode(Function):
@@ -163,7 +285,7 @@ class Decode(Function):
 
 def dots(a_BD: Tensor, b_SD: Tensor, entries: Entries, local_K: Tensor) -> Tensor:
     """a[row] . b[local] per entry: the gradient of embedding_bag by its weights, which holds no K x D product."""
-    with torch.enable_grad():
-        weight_K = torch.zeros(len(local_K), dtype=b_SD.dtype, device=b_SD.device, requires_grad=True)
-        sums_BD = embedding_bag(local_K, b_SD.detach(), entries.row_starts_B, mode="sum", per_sample_weights=weight_K)
-        return torch.autograd.grad(sums_BD, weight_K, a_BD)[0]
+    of_sum = 0  # among the modes of embedding_bag
+    given = (a_BD, b_SD, local_K, entries.row_starts_B, entries.row_K, of_sum)
+    dots_K: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(*given)
+    return dots_K

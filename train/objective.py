@@ -16,7 +16,7 @@ from torch.nn.functional import relu
 
 from train import parallel
 from train.code import DenseCode, Forward, Pre, SparseCode
-from train.kernels import Entries, top_per_row
+from train.kernels import Entries, largest, top_per_row
 from train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -175,16 +175,22 @@ class AuxK(Term):
             return first.new_zeros(())
         error = {source: (out.target[source] - y_BD).detach() for source, y_BD in out.y.items()}
         pre = out.pre if self.form == "input" else _of_error(out.pre, error)
-        top = top_per_row(pre.h_BL[:, dead], min(self.k_aux, len(dead)))
-        entries = Entries(top.row_K, dead[top.latent_K], len(first), len(now.dead_L))
-        code = SparseCode(entries, relu(pre.at(entries)))
-        guess = {source: code.write(dictionary.decoder[source], dictionary.writes[source]) for source in error}
+        h_Bn, k = pre.columns(dead), min(self.k_aux, len(dead))
+        if pre.sparse(k / len(dead)):
+            top = top_per_row(h_Bn, k)
+            entries = Entries(top.row_K, dead[top.latent_K], len(first), len(now.dead_L))
+            code = SparseCode(entries, relu(pre.at(entries)))
+            guess = {source: code.write(dictionary.decoder[source], dictionary.writes[source]) for source in error}
+        else:  # so many of the dead that a product over them alone is faster
+            top_Bk = largest(h_Bn, k)
+            f_Bn = pre.graph_of(h_Bn.new_zeros(h_Bn.shape).scatter_(1, top_Bk, relu(h_Bn.gather(1, top_Bk))), dead)
+            guess = {s: f_Bn @ dictionary.writes[s].rows(dictionary.decoder[s], dead) for s in error}
         return _finite_or_none(squared_error(error, guess))
 
 
 def _of_error(pre: Pre, error: dict[str, Tensor]) -> Pre:
     read = {source: error[source] for source in pre.wiring.readers}
-    return Pre(pre.wiring, read, pre.weights, pre.ports, torch.zeros_like(pre.bias_L))
+    return Pre(pre.wiring, read, pre.weights, pre.ports, torch.zeros_like(pre.bias_L), pre.choice)
 
 
 class Ghost(Term):

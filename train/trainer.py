@@ -25,6 +25,7 @@ class Trainer:
 
     def __init__(self, dictionary: Dictionary, terms: Sequence[Term], config: TrainConfig) -> None:
         self.dictionary, self.config = dictionary.train(), config
+        dictionary.kernels = config.kernels
         self.terms = list(terms)
         self._terms = nn.ModuleDict({one.name: one for one in terms}).to(dictionary.activation.bias_L.device)
         assert len(self._terms) == len(terms), "two terms have one name"
@@ -66,7 +67,9 @@ class Trainer:
         unit = self.config.wiring.decoder == "unit"
         if unit:
             self.dictionary.project_gradients()
-        gradient = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimiser.clip)
+        gradient = torch.nn.utils.get_total_norm([one.grad for one in self.parameters if one.grad is not None])
+        # Clipped while Adam reads it, by the factor that a scaled loss would have had: it is passed over once less.
+        self.optimiser.grad_scale = (gradient / self.config.optimiser.clip).clamp_min(1.0)  # type: ignore[attr-defined]
         self.optimiser.step()
         self.optimiser.zero_grad()  # here, so that trainers that wait for their turn hold none
         if unit:

@@ -96,7 +96,8 @@ class Dense:
     def chosen(self, f_BL: Tensor, norm_L: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor | dict[str, Tensor]:
         """The codes that a mask keeps by their scores f x norm; of norms per source, those of each."""
         if norm_L.ndim == 1:
-            return f_BL * mask((f_BL * norm_L).detach())
+            # Of latents that write nothing, those with a code come before those without.
+            return f_BL * mask((f_BL * norm_L.clamp_min(1e-30)).detach())
         scores = {name: (f_BL * own_L).detach() for name, own_L in zip(self.decoder, norm_L, strict=True)}
         return {name: f_BL * (mask(score_BL) & (score_BL > 0)) for name, score_BL in scores.items()}
 

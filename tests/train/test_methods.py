@@ -4,7 +4,6 @@ Letters: B rows of a batch, L latents.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +33,7 @@ def pre_of(rows: list[list[float]], dictionary: Dictionary) -> Pre:
     h_BL = torch.full((len(rows), dictionary.latents), -1.0)
     h_BL[:, : len(rows[0])] = torch.tensor(rows)
     pre = dictionary.pre({name: torch.zeros(len(rows), width) for name, width in dictionary.wiring.widths.items()})
-    pre.h_BL = h_BL  # type: ignore[misc]
+    pre.dense_BL = h_BL  # type: ignore[misc]
     return pre
 
 
@@ -129,7 +128,7 @@ def test_a_budget_of_all_entries_is_plain_relu() -> None:
         dictionary = trained(name, k=48).dictionary
         x = cases.random_rows("crosscoder", 5)
         pre = dictionary.pre(x)
-        assert torch.equal(dictionary.encode(x), pre.h_BL.clamp_min(0))
+        torch.testing.assert_close(dictionary.encode(x), pre.h_BL.clamp_min(0))
 
 
 # --- spans with budgets, weights and vectors of their own -------------------------------------------------------------
@@ -142,16 +141,10 @@ def with_budgets(name: str, **keys: Any) -> Dictionary:
     return create(wiring, config, Scale(wiring.widths), "sum", 10)[0].initialise(0, 1.0).train()
 
 
-def scores(rows: int) -> Any:
-    return SimpleNamespace(
-        h_BL=torch.randn(rows, 48, generator=torch.Generator().manual_seed(2)),
-        at=lambda entries: entries.row_K * 0.0 + 1,
-    )
-
-
 @pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka"])
 def test_a_span_with_a_k_of_its_own_keeps_so_many_and_the_others_compete(name: str) -> None:
-    dictionary, pre, norm_L = with_budgets(name), scores(16), torch.rand(48) + 0.5
+    dictionary, norm_L = with_budgets(name), torch.rand(48) + 0.5
+    pre = pre_of(torch.randn(16, 48, generator=torch.Generator().manual_seed(2)).tolist(), dictionary)
     code: Any = dictionary.activation(pre, norm_L)
     kept_BL = code.dense() > 0
     score_BL = pre.h_BL.clamp_min(0) * norm_L
@@ -168,13 +161,12 @@ def test_each_budget_has_a_threshold_of_its_own() -> None:
     activation: Any = dictionary.activation
     h_BL = torch.full((4, 48), -1.0)
     h_BL[:, 0], h_BL[:, 4], h_BL[:, 5] = 9.0, 2.0, 3.0
-    pre: Any = SimpleNamespace(h_BL=h_BL, at=lambda entries: h_BL[entries.row_K, entries.latent_K])
     with torch.no_grad():
-        activation.observe(activation(pre, norm_L), norm_L)
+        activation.observe(activation(pre_of(h_BL.tolist(), dictionary), norm_L), norm_L)
     assert activation.threshold.tolist() == pytest.approx([9.0, 2.0])
     dictionary.eval()
     h_BL[:, 0], h_BL[:, 4] = 8.0, 2.5
-    assert (activation(pre, norm_L).dense()[0] > 0).nonzero().flatten().tolist() == [4, 5]
+    assert (activation(pre_of(h_BL.tolist(), dictionary), norm_L).dense()[0] > 0).nonzero().flatten().tolist() == [4, 5]
 
 
 def test_budgets_are_annealed_in_proportion() -> None:
