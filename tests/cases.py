@@ -22,7 +22,7 @@ from train.config import TrainConfig
 from train.prepare import Ready
 from train.scale import Scale
 from train.trainer import Trainer
-from train.wiring import Wiring
+from train.wiring import Wiring, default_decoder_norm
 
 WIDTHS = {"a": 20, "b": 16, "c": 12}  # three sources of different widths; a case takes the first few
 CASES = {
@@ -88,7 +88,7 @@ def trainer(case: str, name: str, steps: int = 100, seed: int = 0, **keys: Any) 
     asked = config(case, name, steps, **keys)
     wires = replace(wiring(case, asked.wiring.latents), skip=asked.wiring.skip)
     made, terms = dictionaries.create(wires, asked.method, Scale(wires.widths), asked.wiring.norm, steps)
-    made.initialise(seed, asked.wiring.decoder_norm or dictionaries.default_decoder_norm(wires))
+    made.initialise(seed, asked.wiring.decoder_norm or default_decoder_norm(wires))
     return Trainer(made, list(terms), asked)
 
 

@@ -15,8 +15,9 @@ from torch.autograd import Function
 from torch.nn.functional import relu
 
 from train import parallel
-from train.code import Activation, Code, DenseCode, Pre, SparseCode, SplitCode
+from train.code import Activation, Code, DenseCode, SparseCode, SplitCode
 from train.kernels import Entries, above, top_of_batch
+from train.pre import Pre
 from train.schedule import Schedule
 from train.wiring import Wiring
 

@@ -20,8 +20,9 @@ from shared import files
 from shared.device import device_of
 from shared.errors import CheckpointError, RowsError
 from train import method as methods
-from train.code import Activation, Code, Forward, Ports, Pre
-from train.kernels import Choice
+from train.code import Activation, Code, Forward
+from train.kernels import AUTO
+from train.pre import Ports, Pre
 from train.scale import Scale
 from train.sources import parts
 from train.wiring import Span, Wiring
@@ -71,8 +72,7 @@ class Dictionary(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.wiring, self.method, self.norm, self.alpha = wiring, method, norm, alpha
-        self.activation, self.scale = activation, scale
-        self.kernels: Choice = "auto"
+        self.activation, self.scale, self.kernels = activation, scale, AUTO
         self.reads = {name: Ports.of(name, wiring.read_by(name), wiring.latents) for name in wiring.readers}
         self.writes = {name: Ports.of(name, wiring.written_to(name), wiring.latents) for name in wiring.writers}
         self.encoder = Weights({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.reads.items()})
@@ -177,8 +177,7 @@ class Dictionary(nn.Module):
     def pre(self, x: Mapping[str, Tensor]) -> Pre:
         """The pre-activations of raw rows {reader: [B, D]}. Raises RowsError where they do not fit."""
         scaled = {name: self.scale.scaled(name, self._rows(name, x)) for name in self.wiring.readers}
-        weights = dict(self.encoder.items())
-        return Pre(self.wiring, scaled, weights, self.reads, self.activation.bias_L, self.kernels)
+        return Pre(self.wiring, scaled, dict(self.encoder.items()), self.reads, self.activation.bias_L, self.kernels)
 
     def _rows(self, source: str, x: Mapping[str, Tensor]) -> Tensor:
         """The rows of a source; those of a difference are made of its two sources where they are not given."""
@@ -389,11 +388,6 @@ def create(
     """A dictionary of zeros and the terms of its method's loss."""
     built = config.build(wiring, steps)
     return Dictionary(wiring, config, built.activation, scale, norm, alpha), built.terms
-
-
-def default_decoder_norm(wiring: Wiring) -> float:
-    """Length of a fresh decoder vector: 0.4 for a crosscoder (DFC paper, table 2), 1 for a single source."""
-    return 0.4 if len(wiring.writers) > 1 else 1.0
 
 
 def relative_norms(norm_WL: Tensor) -> Tensor:

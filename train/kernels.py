@@ -16,13 +16,14 @@ from torch.nn.functional import embedding_bag
 from train import parallel
 
 Choice = Literal["auto", "sparse", "dense"]
+AUTO: Choice = "auto"
 # The share of entries up to which kept ones are faster than whole matrices: tests/benchmarks/LOG.md.
 SPARSE = {"cpu": 0.1, "cuda": 0.02}
 
 
 def sparse(choice: Choice, device: torch.device, share: float) -> bool:
     """Whether codes of which this share is kept go by their entries."""
-    return share <= SPARSE.get(device.type, 0.0) if choice == "auto" else choice == "sparse"
+    return share <= SPARSE.get(device.type, 0.0) if choice == AUTO else choice == "sparse"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,29 @@ def _starts(index_K: Tensor, length: int) -> Tensor:
     return torch.cumsum(counts, 0) - counts
 
 
+_spare: list[Tensor] = []
+
+
+def borrowed(size: int, like: Tensor) -> Tensor:
+    """A flat tensor of any contents: on a CPU one that was handed back, whose pages the system need not clear again."""
+    while like.device.type == "cpu" and _spare:
+        one = _spare.pop()
+        if one.dtype == like.dtype and len(one) >= size:
+            return one[:size]
+    return like.new_empty(size)
+
+
+def hand_back(flat: Tensor) -> None:
+    """Let the next one have this memory, which nobody reads any more."""
+    if flat.device.type == "cpu":
+        _spare[:] = [flat]
+
+
+def drop_spare() -> None:
+    """Give what was handed back to the system."""
+    _spare.clear()
+
+
 def by_latent(score_BL: Tensor) -> bool:
     """Whether the rows of a latent lie side by side in memory, and not the latents of a row."""
     return score_BL.T.is_contiguous() and not score_BL.is_contiguous()
@@ -75,7 +99,8 @@ def top_per_row(score_BL: Tensor, k: int) -> Entries:
 def largest(score_BL: Tensor, k: int) -> Tensor:
     """Where the k largest of every row are, [B, k], in any order.
 
-    None of them is outside of the k groups whose largest scores are the largest: nothing else is sorted.
+    None of them is outside of the k groups whose largest scores are the largest, which are found in the same way:
+    nothing else is sorted.
     """
     latents, device = score_BL.shape[1], score_BL.device
     group = _group(latents, k)
@@ -87,7 +112,7 @@ def largest(score_BL: Tensor, k: int) -> Tensor:
         largest_BG = whole_BN.T.view(group, groups, -1).amax(0).T.contiguous()
     else:
         largest_BG = whole_BN.unflatten(1, (group, groups)).amax(1)
-    best_Bk = largest_BG.topk(k, dim=1, sorted=False).indices
+    best_Bk = largest(largest_BG, k)
     members_G1 = torch.arange(0, groups * group, groups, device=device)[:, None]
     left = torch.arange(groups * group, latents, device=device).expand(len(score_BL), -1)
     place_BN = torch.cat([(best_Bk[:, None] + members_G1).flatten(1), left], 1)
@@ -95,8 +120,8 @@ def largest(score_BL: Tensor, k: int) -> Tensor:
 
 
 def _group(length: int, k: int) -> int:
-    """How many scores are a group, so that there are about as many groups as scores in k of them; 1: do without."""
-    return 1 if length < 16 * k or not k else 2 ** round(math.log2(length / k) / 2)
+    """How many scores are a group; 1: do without. As measured: tests/benchmarks/LOG.md."""
+    return 1 if length < 16 * k or not k else 2 ** round(math.log2(length / k) * 3 / 8)
 
 
 def top_of_batch(score_BL: Tensor, count: int) -> Entries:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from train import parallel
-from train.code import DenseCode, Forward, Pre, SparseCode
+from train.code import DenseCode, Forward, SparseCode
 from train.kernels import Entries, largest, top_per_row
+from train.pre import Pre
 from train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class AuxK(Term):
             guess = {source: code.write(dictionary.decoder[source], dictionary.writes[source]) for source in error}
         else:  # so many of the dead that a product over them alone is faster
             top_Bk = largest(h_Bn, k)
-            f_Bn = pre.graph_of(h_Bn.new_zeros(h_Bn.shape).scatter_(1, top_Bk, relu(h_Bn.gather(1, top_Bk))), dead)
+            f_Bn = pre.graph_of(torch.zeros_like(h_Bn).scatter_(1, top_Bk, relu(h_Bn.gather(1, top_Bk))), dead)
             guess = {s: f_Bn @ dictionary.writes[s].rows(dictionary.decoder[s], dead) for s in error}
         return _finite_or_none(squared_error(error, guess))
 

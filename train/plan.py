@@ -14,6 +14,7 @@ from shared import config as configs
 from shared.device import free_memory, memory_minded, peak_memory, torch_threads
 from shared.errors import ConfigError
 from train import parallel, prepare
+from train.kernels import drop_spare
 from train.loader import SLOTS
 from train.prepare import Ready, Shape
 from train.scale import Scale
@@ -63,6 +64,7 @@ def trial(run: Ready) -> Cost:
     rows = parallel.share(run.config.batch)
     shapes = {name: (rows, width) for name, width in run.wiring.widths.items()}
     x = {name: torch.randn(shape, generator=generator).to(run.device) for name, shape in shapes.items()}
+    drop_spare()
     with torch_threads(run.config.threads), peak_memory(run.device) as peak:
         trainer = prepare.initialised(run, Scale(run.wiring.widths))
         taken = [_timed(trainer, x) for _ in range(TRIAL)]

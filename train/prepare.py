@@ -171,7 +171,7 @@ def initialised(made: Shape, scaled: Scale) -> Trainer:
     trainer = blank(made, scaled)
     asked = made.config.wiring
     trainer.dictionary.initialise(
-        made.config.seed, asked.decoder_norm or dictionary.default_decoder_norm(made.wiring), made.config.init.tied
+        made.config.seed, asked.decoder_norm or wiring.default_decoder_norm(made.wiring), made.config.init.tied
     )
     if asked.decoder == "unit":
         trainer.dictionary.normalise_decoders()

@@ -22,10 +22,10 @@ from torch import Tensor
 from shared.view import View
 from train import parallel, reader
 from train.chance import BEGIN, keyed, weighted
-from train.code import Ports
 from train.dictionary import Weights
 from train.measure import BATCH, evaluating
 from train.order import Order
+from train.pre import Ports
 from train.trainer import Trainer
 from train.wiring import Span
 

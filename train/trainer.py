@@ -13,6 +13,7 @@ from train import parallel
 from train.code import Forward
 from train.config import TrainConfig
 from train.dictionary import Dictionary
+from train.kernels import drop_spare
 from train.objective import Now, Term
 from train.schedule import learning_rate
 
@@ -83,6 +84,7 @@ class Trainer:
             rows = len(next(iter(x.values())))
             record = self._record(out, {"loss": loss, **values}, rows, now.dead_L)
             self.step += 1
+            out.pre.release()
             return {**record, "gradient": gradient.detach()}
 
     def _record(self, out: Forward, values: Mapping[str, Tensor], rows: int, dead_L: Tensor) -> dict[str, Tensor]:
@@ -106,6 +108,7 @@ class Trainer:
     @torch.no_grad()
     def trained(self) -> Dictionary:
         """The dictionary in evaluation mode, its weights averaged where averages are kept. Ends the training."""
+        drop_spare()
         for average, weights in zip(self.averages, self.parameters, strict=False):
             weights.copy_(average)
         if self.averages and self.config.wiring.decoder == "unit":

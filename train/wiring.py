@@ -173,3 +173,8 @@ def with_k(wiring: Wiring, k: Mapping[str, int]) -> Wiring:
     if strangers := sorted(set(k) - set(wiring.slices)):
         raise WiringError("wiring.k names an unknown span", ", ".join(strangers), f"Spans: {', '.join(wiring.slices)}")
     return replace(wiring, spans=tuple(replace(span, k=k.get(span.name, span.k)) for span in wiring.spans))
+
+
+def default_decoder_norm(wiring: Wiring) -> float:
+    """Length of a fresh decoder vector: 0.4 for a crosscoder (DFC paper, table 2), 1 for a single source."""
+    return 0.4 if len(wiring.writers) > 1 else 1.0

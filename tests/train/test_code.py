@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tests.cases import CASES, LATENTS, wiring
 from tests.train.dense import full, places
-from train.code import DenseCode, Ports, SparseCode
+from train.code import DenseCode, SparseCode
 from train.kernels import Entries
+from train.pre import Ports
 
 CASE = st.sampled_from(list(CASES))
 SEED = st.integers(0, 2**31)

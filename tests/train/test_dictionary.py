@@ -16,9 +16,9 @@ from shared.errors import CheckpointError, ConfigError, RowsError
 from tests import cases
 from tests.cases import CASES
 from tests.train.dense import Dense, full, kept, places
-from train.dictionary import Dictionary, create, default_decoder_norm, relative_norms
+from train.dictionary import Dictionary, create, relative_norms
 from train.scale import Scale
-from train.wiring import build
+from train.wiring import build, default_decoder_norm
 
 METHODS = ("standard", "topk", "batch_topk")
 ROWS, K = 9, 3

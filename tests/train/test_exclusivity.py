@@ -13,10 +13,10 @@ from torch import Tensor
 from tests import cases
 from tests.cases import Planted
 from train import exclusivity
-from train.code import Pre
 from train.dictionary import Dictionary, create
 from train.exclusivity import Exclusivity, shadows
 from train.measure import Measure, evaluating
+from train.pre import Pre
 from train.scale import Scale
 from train.trainer import Trainer
 from train.wiring import with_k

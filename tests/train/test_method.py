@@ -107,7 +107,8 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import relu
 
-from train.code import Activation, Code, DenseCode, Pre
+from train.code import Activation, Code, DenseCode
+from train.pre import Pre
 from train.method import Method, MethodConfig
 from train.wiring import Wiring
 

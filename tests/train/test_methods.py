@@ -13,10 +13,10 @@ from shared.errors import WiringError
 from tests import cases
 from tests.train.dense import top_mask, top_mask_of_batch
 from train import method as methods
-from train.code import Pre
 from train.dictionary import Dictionary, create
 from train.methods.matryoshka import group_of
 from train.objective import Now
+from train.pre import Pre
 from train.scale import Scale
 from train.trainer import Trainer
 from train.wiring import Span, Wiring, build, with_k
