@@ -1,15 +1,21 @@
 """The benchmarks run and report. What they measure is no test's business: a machine that is shared has no timings."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import typer
+from typer.testing import CliRunner
 
-from tests.benchmarks import device, harvest, loader, memory, put, sweep
+from tests.benchmarks import device, harvest, loader, memory, put, step, sweep
+from train.code import DenseCode, SparseCode
 
 
 def said(
@@ -72,6 +78,35 @@ def test_runs_at_once_are_compared_with_their_steps_alone(
     told = said(sweep.main, ["64", "32", "2"], monkeypatch, capfd)
     assert "8 runs of 64 latents" in told and re.search(r"limit 0\.909: (holds|MISSED)\n$", told)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_step_is_compared_with_the_product_of_its_encoder_and_with_the_dense_reference(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(step.main)
+    words = "--kinds dedicated --methods topk,jumprelu,standard --widths 24 --latents 320 --k 4 --batch 64 --rounds 2"
+    out = tmp_path / "step.json"
+    done = CliRunner().invoke(app, [*words.split(), "--device", "cpu", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    steps, _, taken = done.output.partition("\nmemory, over rows x latents in fp32\n")
+    lines = steps.splitlines()[2:]
+    assert len(lines) == len(set(lines)) == len(taken.splitlines()) == 4
+    assert all(re.search(r"bare +\d+ ms   step \d+\.\d\d \(", one) for one in lines)
+    told = json.loads(out.read_text())["cases"]
+    found = [(one["method"], one["dead"], "dense" in one) for one in told]
+    assert found == [("topk", 0, True), ("topk", 0.1, True), ("jumprelu", 0, False), ("standard", 0, False)]
+    assert all(one["memory"] is None or one["memory"] > 0 for one in told)
+
+
+@pytest.mark.parametrize(("kernels", "kind"), [("sparse", SparseCode), ("dense", DenseCode)])
+def test_the_dense_reference_is_dense_and_a_jump_lets_k_latents_pass(kernels: str, kind: type) -> None:
+    case = step.Case("crosscoder", "topk", 24, 320, 4, 64, 0.1)
+    trainer = case.trainer("cpu", kernels)
+    assert isinstance(trainer.dictionary.code(case.rows(torch.device("cpu"))), kind)
+    assert int(trainer.dead_L.sum()) == 32
+    jump = replace(case, method="jumprelu", dead=0.0)
+    trainer, x = jump.trainer("cpu"), jump.rows(torch.device("cpu"))
+    step.sparsify(trainer, x, 4)
+    assert int(trainer.dictionary.code(x).fires_L().sum()) == pytest.approx(4 * 64, abs=1)
 
 
 @pytest.mark.slow

@@ -202,7 +202,9 @@ class Dictionary(nn.Module):
         norm_L = self.norms()
         pre = self.pre(x)
         code = self.activation(pre, norm_L)
-        target = {name: self.scale.scaled(name, self._rows(name, x)) for name in self.wiring.writers}
+        unread = {n: self.scale.scaled(n, self._rows(n, x)) for n in self.wiring.writers if n not in pre.x}
+        scaled = {**pre.x, **unread}
+        target = {name: scaled[name] for name in self.wiring.writers}
         base = self.base(pre.x)
         return Forward(target, self.written(code, base), code, pre, norm_L, self.weight_L, base)
 

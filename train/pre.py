@@ -16,6 +16,7 @@ from train.kernels import AUTO, Choice, Columns, Entries, PreActivation, borrowe
 from train.wiring import Wiring, size_of
 
 TINY = 1e-30  # the least decoder norm that scores are weighed by
+AT_ONCE = 2048  # latents whose encoders are copied together on a CPU
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,15 @@ class Pre:
     def _product(self, norm_L: Tensor) -> Tensor:
         """On a CPU a transposed matrix: of a product that is so written it is done a tenth sooner (LOG.md)."""
         rows, latents, on_cpu = self.rows, len(norm_L), self.bias_L.device.type == "cpu"
+        at_once = AT_ONCE if on_cpu else latents
         self._borrowed = borrowed(rows * latents, self.bias_L)
         score_BL = self._borrowed.view(latents, rows).T if on_cpu else self._borrowed.view(rows, latents)
         for own, x_BD, parts in self._products():
-            W_SD = side_by_side([part * norm_L[own, None] for part in parts])
-            torch.addmm(self.bias_L[own] * norm_L[own], x_BD, W_SD.T, out=score_BL[:, own])
+            for first in range(own.start, own.stop, at_once):
+                some = slice(first, min(first + at_once, own.stop))
+                inside = slice(some.start - own.start, some.stop - own.start)
+                W_SD = side_by_side([part[inside] * norm_L[some, None] for part in parts])
+                torch.addmm(self.bias_L[some] * norm_L[some], x_BD, W_SD.T, out=score_BL[:, some])
         return score_BL
 
     def release(self) -> None:
