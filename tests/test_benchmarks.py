@@ -97,6 +97,33 @@ def test_a_step_is_compared_with_the_product_of_its_encoder_and_with_the_dense_r
     assert all(one["memory"] is None or one["memory"] > 0 for one in told)
 
 
+STUB = """
+import json, sys, torch
+saved = torch.load(sys.argv[-1], weights_only=True)
+h = (saved["x"] @ saved["encoder"].T).relu()
+kept = h * (h >= h.topk(int(sys.argv[-2]), 1).values[:, -1:])
+print(json.dumps(float((kept @ saved["decoder"] - saved["x"]).square().sum(1).mean()) * FACTOR), flush=True)
+for _ in sys.stdin:
+    print(json.dumps(10.0), flush=True)
+"""
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_another_library_is_compared_where_it_reconstructs_the_batch_alike(tmp_path: Path, factor: float) -> None:
+    stub, python = tmp_path / "stub.py", tmp_path / "eai-sparsify" / "bin" / "python"
+    stub.write_text(STUB.replace("FACTOR", str(factor)))
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} {stub} $@\n")
+    python.chmod(0o755)
+    case, cpu = step.Case("autoencoder", "topk", 24, 320, 4, 64, 0.0), torch.device("cpu")
+    if factor == 1:
+        told = step.measured(case, cpu, 2, tmp_path)
+        assert told["eai-sparsify"]["least"] > 10 and "eai-sparsify" in step.line(case, told)
+    else:
+        with pytest.raises(AssertionError, match=r"eai-sparsify: [\d.]+ is not our [\d.]+"):
+            step.measured(case, cpu, 2, tmp_path)
+
+
 @pytest.mark.parametrize(("kernels", "kind"), [("sparse", SparseCode), ("dense", DenseCode)])
 def test_the_dense_reference_is_dense_and_a_jump_lets_k_latents_pass(kernels: str, kind: type) -> None:
     case = step.Case("crosscoder", "topk", 24, 320, 4, 64, 0.1)

@@ -245,8 +245,9 @@ class PreActivation(Function):
 class Columns(Function):
     """The codes of some latents, given their values `f_Bn`: relu(h) where it is kept, and 0.
 
-    With the gradients that PreActivation has of kept entries, by products over these latents alone. Of every source
-    `places` has its rows, where each of the latents stands in its weights, and 1, or 0 where it has no part in it.
+    With the gradients that PreActivation has of kept entries, by products over these latents alone: those of weights
+    are sparse, the rows of these latents. Of every source `places` has its rows, where each of the latents stands in
+    its weights, and 1, or 0 where it has no part in it.
     """
 
     @staticmethod
@@ -264,13 +265,14 @@ class Columns(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_Bn: Tensor) -> tuple[Tensor | None, ...]:
-        f_Bn, *parameters = ctx.saved_tensors
+        f_Bn, bias_L, *weights = ctx.saved_tensors
         grad_Bn = grad_Bn * (f_Bn > 0)
-        bias, *weights = (torch.zeros_like(one) for one in parameters)
-        bias[ctx.latent_n] = grad_Bn.sum(0)
-        for weight, (x_BD, local_n, present_n) in zip(weights, ctx.places, strict=True):
-            weight.index_add_(0, local_n, (grad_Bn.T @ x_BD) * present_n[:, None])
-        return None, None, None, bias, *weights
+        bias = torch.zeros_like(bias_L).index_copy_(0, ctx.latent_n, grad_Bn.sum(0))
+        grads = []
+        for W_SD, (x_BD, local_n, present_n) in zip(weights, ctx.places, strict=True):
+            rows_nD = (grad_Bn.T @ x_BD) * present_n[:, None]
+            grads.append(torch.sparse_coo_tensor(local_n[None], rows_nD, W_SD.shape, check_invariants=False))
+        return None, None, None, bias, *grads
 
 
 class Decode(Function):

@@ -38,7 +38,12 @@ class Now:
 
 
 class Term(nn.Module, ABC):
-    """One addend of the loss: weight(step) x value. A final class per formula."""
+    """One addend of the loss: weight(step) x value. A final class per formula.
+
+    One that is `apart` shares no graph with the others, and may give sparse gradients: it goes backward after them.
+    """
+
+    apart = False
 
     def __init__(self, name: str, weight: Schedule) -> None:
         super().__init__()
@@ -164,6 +169,8 @@ class AuxK(Term):
     input    g = h, their pre-activations of the row (Gao et al. 2024, section A.2)
     error    g = sum over readers of e . W_enc, without a bias: of the error itself (arXiv 2602.11729, section B.1.5)
     """
+
+    apart = True
 
     def __init__(self, name: str, weight: Schedule, k_aux: int, form: AuxForm = "input") -> None:
         super().__init__(name, weight)

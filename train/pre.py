@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from train.kernels import AUTO, Choice, Columns, Entries, PreActivation, borrowed, hand_back, sparse
 from train.wiring import Wiring, size_of
@@ -47,8 +47,11 @@ class Ports:
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
     def rows(self, W_SD: Tensor, latents: Tensor) -> Tensor:
-        """The rows of the source's own matrix that some latents have, [n, D]; 0 where it has no part in one."""
-        return W_SD.index_select(0, self.local_L[latents]) * self.present_L[latents, None]
+        """The rows of the source's own matrix that some latents have, [n, D]; 0 where it has no part in one.
+
+        The gradient of the matrix is sparse: these rows.
+        """
+        return embedding(self.local_L[latents], W_SD, sparse=True) * self.present_L[latents, None]
 
     def spread(self, of_S: Tensor) -> Tensor:
         """The other way round: what each latent of the source has, over the dictionary's latents; 0 for all others."""

@@ -61,8 +61,12 @@ class Trainer:
         now = Now(self.step, self.dead_L)
         out = self.dictionary(x)
         values = {term.name: term(self.dictionary, out, now) for term in self.terms}
-        loss = torch.stack([term.weight(self.step) * values[term.name] for term in self.terms]).sum()
-        loss.backward()
+        parts = {term: term.weight(self.step) * values[term.name] for term in self.terms}
+        loss = torch.stack(list(parts.values())).sum()
+        torch.stack([part for term, part in parts.items() if not term.apart]).sum().backward()
+        for term, part in parts.items():
+            if term.apart and part.requires_grad:
+                part.backward()  # what is sparse of it is added to the rows of the gradients that there are now
         parallel.average(self.parameters)
         self.dictionary.tie_gradients()
         unit = self.config.wiring.decoder == "unit"

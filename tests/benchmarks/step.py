@@ -5,6 +5,10 @@ python -m tests.benchmarks.step [--kinds crosscoder] [--methods topk,batch_topk]
 bare      the encoder's product alone: x W^T of every source, added up
 step      all of Trainer.update: forward, backward, clip, Adam, statistics; with a share of dead latents, AuxK too
 dense     the same with kernels = "dense": codes as whole matrices
+peers     steps of other libraries: --peers FOLDER, with an environment for each: `python -m venv FOLDER/eai-sparsify`,
+          `FOLDER/eai-sparsify/bin/pip install eai-sparsify==1.3.3`; dictionary-learning==0.1.0 (without the torchvision
+          that comes along, where torch has no CUDA) and sae-lens too. They are given the same weights and batch, and
+          must first reconstruct it with the same error
 
 All ways of a case take turns in one run. A ratio is that of a round; the median of all rounds and the least and largest
 are shown. Memory is what a step takes at most beside weights, gradients and Adam's moments, over one matrix of rows by
@@ -16,9 +20,12 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +46,13 @@ from train.trainer import Trainer
 ROUNDS = 7
 PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # of glibc: a MB or more is no part of the heap
 AGES = 10**12  # rows since a latent fired that is dead
+Step = Callable[[], float | None]
+PEER = Path(__file__).with_name("peers.py")
+PEERS = {  # the methods that each of them has
+    "dictionary-learning": ("topk", "batch_topk", "standard"), "eai-sparsify": ("topk",),
+    "sae-lens": ("topk", "batch_topk", "standard"),
+}  # fmt: skip
+ALIKE = 1e-4  # of errors
 SPARSE = ("topk", "batch_topk", "matryoshka")  # what kernels = "dense" changes
 
 
@@ -63,12 +77,12 @@ class Case:
 
     def trainer(self, device: str, kernels: str = "auto") -> Trainer:
         method: dict[str, Any] = {"name": self.method, **({"k": self.k} if self.method in SPARSE else {})}
-        asked = {
+        tables = {
             "wiring": {"kind": self.kind, "latents": self.latents, "sources": self.sources}, "method": method,
             "steps": 10**6, "batch": self.batch, "device": device, "kernels": kernels,
             "scale": {"kind": "none", "centre": False},
         }  # fmt: skip
-        config = configs.parse(TrainConfig, asked)
+        config = configs.parse(TrainConfig, tables)
         made = prepare.shape(config, dict.fromkeys(self.sources, self.width))
         trainer = prepare.initialised(made, Scale(made.wiring.widths))
         age = torch.zeros(self.latents, dtype=torch.int64)
@@ -113,17 +127,59 @@ def sparsify(trainer: Trainer, x: Mapping[str, Tensor], k: int) -> None:
     trainer.dictionary.activation.get_parameter("log_threshold_L").fill_(float(border.log()))
 
 
-def timed(ways: Mapping[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every way in every round; one before is not counted."""
+@contextmanager
+def other_steps(case: Case, trainer: Trainer, x: Mapping[str, Tensor], place: Path | None) -> Iterator[dict[str, Step]]:
+    """A step of every other library that has an environment in this folder, and has the case: {library: step}.
+
+    They have the same weights and the same batch. Raises AssertionError where one reconstructs rows worse or better.
+    """
+    if place is None or case.kind != "autoencoder" or case.dead:
+        yield {}
+        return
+    with ExitStack() as stack:
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "weights.pt"
+        dictionary = trainer.dictionary
+        saved = {"encoder": dictionary.encoder["a"], "decoder": dictionary.decoder["a"], "x": x["a"]}
+        torch.save({name: one.detach().clone() for name, one in saved.items()}, file)
+        error = float((dictionary(x).y["a"].detach() - x["a"]).square().sum(1).mean())
+        found: dict[str, Step] = {}
+        for library, methods in PEERS.items():
+            python = place / library / "bin" / "python"
+            if case.method in methods and python.exists():
+                words = [str(python), "-P", str(PEER), library, case.method, str(case.k), str(file)]
+                run = stack.enter_context(
+                    subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                )
+                theirs = json.loads(answer(run))
+                assert abs(theirs / error - 1) < ALIKE, f"{library}: {theirs} is not our {error}"
+                found[library] = partial(step_of, run)
+        yield found
+
+
+def answer(run: "subprocess.Popen[str]") -> str:
+    assert run.stdout is not None
+    return run.stdout.readline()
+
+
+def step_of(run: "subprocess.Popen[str]") -> float:
+    """The seconds of a step, as that process took them."""
+    assert run.stdin is not None
+    run.stdin.write("\n")
+    run.stdin.flush()
+    return float(json.loads(answer(run)))
+
+
+def timed(ways: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every way in every round, by its own clock where it gives them; one round before is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
             began = time.perf_counter()
-            way()
+            told = way()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if number:
-                taken[name].append(time.perf_counter() - began)
+                taken[name].append(time.perf_counter() - began if told is None else told)
     return taken
 
 
@@ -150,16 +206,17 @@ def memory_alone(case: Case, device: torch.device) -> float | None:
     return found
 
 
-def measured(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
+def measured(case: Case, device: torch.device, rounds: int, others: Path | None) -> dict[str, Any]:
     torch.manual_seed(0)
     x, ours = case.rows(device), case.trainer(str(device))
     trainers = {"step": ours} | ({"dense": case.trainer(str(device), "dense")} if case.method in SPARSE else {})
     if case.method == "jumprelu":
         sparsify(ours, x, case.k)
-    ways = {"bare": bare(ours, x), **{name: step(trainer, x) for name, trainer in trainers.items()}}
-    taken = timed(ways, rounds, device)
+    with other_steps(case, ours, x, others) as theirs:
+        ways = {"bare": bare(ours, x), **{name: step(trainer, x) for name, trainer in trainers.items()}, **theirs}
+        taken = timed(ways, rounds, device)
     told: dict[str, Any] = {**asdict(case), "bare_ms": 1e3 * statistics.median(taken["bare"])}
-    for name in trainers:
+    for name in [*trainers, *theirs]:
         ratios = [one / base for one, base in zip(taken[name], taken["bare"], strict=True)]
         told[name] = {"ratio": statistics.median(ratios), "least": min(ratios), "largest": max(ratios)}
     return told
@@ -169,7 +226,8 @@ def line(case: Case, told: Mapping[str, Any]) -> str:
     ours, dense = told["step"], told.get("dense")
     spread = f"{ours['ratio']:.2f} ({ours['least']:.2f} to {ours['largest']:.2f})"
     beside = "" if dense is None else f"{dense['ratio']:.2f}, {dense['ratio'] / ours['ratio']:.1f} x"
-    return f"{case.label}   bare {told['bare_ms']:>6.0f} ms   step {spread:<22}dense {beside}".rstrip()
+    others = "".join(f"   {name} {told[name]['ratio']:.2f}" for name in PEERS if name in told)
+    return f"{case.label}   bare {told['bare_ms']:>6.0f} ms   step {spread:<22}dense {beside:<14}{others}".rstrip()
 
 
 def words(text: str) -> list[str]:
@@ -197,6 +255,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="of all ways of a case in turn")] = ROUNDS,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "auto",
     out: Annotated[Path | None, typer.Option(help="a JSON file for the figures")] = None,
+    peers: Annotated[Path | None, typer.Option(help="a folder with environments of other libraries")] = None,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """What a training step costs over the bare product of its encoder."""
@@ -207,7 +266,7 @@ def main(
     print(f"{machine()}; torch {torch.__version__}; {batch:,} rows, {rounds} rounds, on {place}\n")
     asked = cases(words(kinds), words(methods), words(widths), latents, words(k), batch, words(dead))
     for case in asked:
-        found.append(measured(case, place, rounds))
+        found.append(measured(case, place, rounds, peers))
         print(line(case, found[-1]), flush=True)
     print("\nmemory, over rows x latents in fp32")
     for case, told in zip(asked, found, strict=True):
