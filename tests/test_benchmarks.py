@@ -42,6 +42,7 @@ def test_memory_is_told_by_phase_and_rows(monkeypatch: pytest.MonkeyPatch, capfd
     assert len(re.findall(r"\n(?:read the corpus|plan|make units), (?:anonymous|of files)(?: +[\d.-]+){4}", told)) == 6
 
 
+@pytest.mark.slow
 def test_the_loader_is_compared_with_what_people_do_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
