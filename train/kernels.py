@@ -245,8 +245,8 @@ class PreActivation(Function):
 class Columns(Function):
     """The codes of some latents, given their values `f_Bn`: relu(h) where it is kept, and 0.
 
-    With the gradients that PreActivation has of kept entries, by products over these latents alone: those of weights
-    are sparse, the rows of these latents. Of every source `places` has its rows, where each of the latents stands in
+    With the gradients that PreActivation has of kept entries, by products over these latents alone; those of weights
+    may be sparse, the rows of these latents. Of every source `places` has its rows, where each of the latents stands in
     its weights, and 1, or 0 where it has no part in it.
     """
 
@@ -256,11 +256,12 @@ class Columns(Function):
         f_Bn: Tensor,
         latent_n: Tensor,
         places: list[tuple[Tensor, Tensor, Tensor]],
+        sparse_gradient: bool,
         bias_L: Tensor,
         *weights: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(f_Bn, bias_L, *weights)
-        ctx.latent_n, ctx.places = latent_n, places
+        ctx.latent_n, ctx.places, ctx.sparse = latent_n, places, sparse_gradient
         return f_Bn.view_as(f_Bn)
 
     @staticmethod
@@ -271,8 +272,11 @@ class Columns(Function):
         grads = []
         for W_SD, (x_BD, local_n, present_n) in zip(weights, ctx.places, strict=True):
             rows_nD = (grad_Bn.T @ x_BD) * present_n[:, None]
-            grads.append(torch.sparse_coo_tensor(local_n[None], rows_nD, W_SD.shape, check_invariants=False))
-        return None, None, None, bias, *grads
+            if ctx.sparse:
+                grads.append(torch.sparse_coo_tensor(local_n[None], rows_nD, W_SD.shape, check_invariants=False))
+            else:
+                grads.append(torch.zeros_like(W_SD).index_add_(0, local_n, rows_nD))
+        return None, None, None, None, bias, *grads
 
 
 class Decode(Function):

@@ -35,12 +35,14 @@ class Now:
 
     step: int
     dead_L: Tensor  # bool: latents that have not fired for `dead_rows` rows
+    apart: bool = False  # terms that are `apart` go backward by themselves, behind the others
 
 
 class Term(nn.Module, ABC):
     """One addend of the loss: weight(step) x value. A final class per formula.
 
-    One that is `apart` shares no graph with the others, and may give sparse gradients: it goes backward after them.
+    One that is `apart` shares no graph with the others. Where it goes backward behind them, its gradients may be
+    sparse.
     """
 
     apart = False
@@ -191,8 +193,9 @@ class AuxK(Term):
             guess = {source: code.write(dictionary.decoder[source], dictionary.writes[source]) for source in error}
         else:  # so many of the dead that a product over them alone is faster
             top_Bk = largest(h_Bn, k)
-            f_Bn = pre.graph_of(torch.zeros_like(h_Bn).scatter_(1, top_Bk, relu(h_Bn.gather(1, top_Bk))), dead)
-            guess = {s: f_Bn @ dictionary.writes[s].rows(dictionary.decoder[s], dead) for s in error}
+            kept_Bn = torch.zeros_like(h_Bn).scatter_(1, top_Bk, relu(h_Bn.gather(1, top_Bk)))
+            f_Bn = pre.graph_of(kept_Bn, dead, now.apart)
+            guess = {s: f_Bn @ dictionary.writes[s].rows(dictionary.decoder[s], dead, now.apart) for s in error}
         return _finite_or_none(squared_error(error, guess))
 
 

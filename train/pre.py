@@ -46,12 +46,9 @@ class Ports:
         parts = [of_L.narrow(dim, one.start, one.stop - one.start) for one in self.slices]
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
-    def rows(self, W_SD: Tensor, latents: Tensor) -> Tensor:
-        """The rows of the source's own matrix that some latents have, [n, D]; 0 where it has no part in one.
-
-        The gradient of the matrix is sparse: these rows.
-        """
-        return embedding(self.local_L[latents], W_SD, sparse=True) * self.present_L[latents, None]
+    def rows(self, W_SD: Tensor, latents: Tensor, sparse_gradient: bool = False) -> Tensor:
+        """The rows of the source's own matrix that some latents have, [n, D]; 0 where it has no part in one."""
+        return embedding(self.local_L[latents], W_SD, sparse=sparse_gradient) * self.present_L[latents, None]
 
     def spread(self, of_S: Tensor) -> Tensor:
         """The other way round: what each latent of the source has, over the dictionary's latents; 0 for all others."""
@@ -172,10 +169,10 @@ class Pre:
             h_Bn = h_Bn + self.x[source] @ self.ports[source].rows(W_SD, latents).T
         return h_Bn
 
-    def graph_of(self, f_Bn: Tensor, latents: Tensor) -> Tensor:
+    def graph_of(self, f_Bn: Tensor, latents: Tensor, sparse_gradient: bool = False) -> Tensor:
         """The codes of some latents, relu(h) where they are kept, with a graph."""
         places = [(self.x[s], self.ports[s].local_L[latents], self.ports[s].present_L[latents]) for s in self.weights]
-        return Columns.apply(f_Bn, latents, places, self.bias_L, *self.weights.values())
+        return Columns.apply(f_Bn, latents, places, sparse_gradient, self.bias_L, *self.weights.values())
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:

@@ -58,7 +58,7 @@ class Trainer:
         self.dictionary.activation.schedule(self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate(self.step)
-        now = Now(self.step, self.dead_L)
+        now = Now(self.step, self.dead_L, apart=True)
         out = self.dictionary(x)
         values = {term.name: term(self.dictionary, out, now) for term in self.terms}
         parts = {term: term.weight(self.step) * values[term.name] for term in self.terms}

@@ -37,9 +37,12 @@ def test_codes_of_some_latents_and_every_gradient_equal_the_dense_ones(
     torch.testing.assert_close(pre.columns(latents).double(), h_Bn, **tolerance(dtype))
     grad_Bn = torch.randn(f_Bn.shape, generator=one.generator, dtype=dtype)
     leaves = [one.bias_L, *one.encoder.values()]
-    found = torch.autograd.grad(pre.graph_of(f_Bn.detach().to(dtype), latents), leaves, grad_Bn)
-    for got, wanted in zip(found, torch.autograd.grad(f_Bn, leaves, grad_Bn.double()), strict=True):
-        torch.testing.assert_close(got.to_dense(), wanted, **tolerance(dtype))
+    expected = torch.autograd.grad(f_Bn, leaves, grad_Bn.double())
+    for sparse in (False, True):
+        found = torch.autograd.grad(pre.graph_of(f_Bn.detach().to(dtype), latents, sparse), leaves, grad_Bn)
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got.to_dense(), wanted, **tolerance(dtype))
+        assert [got.is_sparse for got in found] == [False, *[sparse] * len(one.encoder)]
 
 
 @every_case
