@@ -36,10 +36,8 @@ def dictionary_learning(method: str, k: int, saved: dict[str, torch.Tensor]) -> 
     with torch.no_grad():
         trainer.ae.encoder.weight.copy_(saved["encoder"])
         trainer.ae.decoder.weight.copy_(saved["decoder"].T)
-        for name, bias in trainer.ae.named_parameters():
-            if bias.ndim == 1:
-                bias.zero_()
-                assert "bias" in name or "b_" in name, name
+        for bias in (one for one in trainer.ae.parameters() if one.ndim == 1):
+            bias.zero_()
     x, count = saved["x"], iter(range(1, STEPS))  # step 0 looks for a bias to begin at
     encoded = {"use_threshold": False} if method in ("topk", "batch_topk") else {}
     return lambda: trainer.ae.decode(trainer.ae.encode(x, **encoded)), lambda: trainer.update(next(count), x)
