@@ -16,7 +16,9 @@ from torch.nn.functional import relu
 
 from train import parallel
 from train.code import Activation, Code, DenseCode, SparseCode, SplitCode
-from train.kernels import Entries, above, top_of_batch
+from train.kernels.entries import Entries
+from train.kernels.products import OfLatents
+from train.kernels.select import above, top_of_batch
 from train.pre import Pre
 from train.schedule import Schedule
 from train.wiring import Wiring
@@ -28,8 +30,10 @@ class Relu(Activation):
     """f = relu(h)."""
 
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
-        f_BL = relu(pre.dense_BL)
-        return DenseCode(f_BL, f_BL)
+        entries = pre.above()
+        if entries is None:
+            return DenseCode(relu(pre.dense_BL), pre.bf16)
+        return SparseCode(entries, relu(pre.at(entries, entries.score_K)))
 
 
 class Gated(Activation):
@@ -45,9 +49,14 @@ class Gated(Activation):
         self.begins |= {"rescale_L": 0.0, "magnitude_L": 0.0}
 
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
-        h_BL = pre.dense_BL
-        size_BL = relu(self.rescale_L.exp() * (h_BL - self.bias_L) + self.magnitude_L)
-        return DenseCode((h_BL > 0) * size_BL, relu(h_BL))
+        entries, given = pre.above(), (self.rescale_L.exp(), self.bias_L, self.magnitude_L)
+        if entries is None:
+            return DenseCode(self._size(pre.dense_BL, *given), pre.bf16, relu(pre.dense_BL))
+        h_K = pre.at(entries, entries.score_K)
+        return SparseCode(entries, self._size(h_K, *(OfLatents.apply(v, entries.latent_K) for v in given)), relu(h_K))
+
+    def _size(self, h: Tensor, factor: Tensor, bias: Tensor, magnitude: Tensor) -> Tensor:
+        return (h > 0) * relu(factor * (h - bias) + magnitude)
 
     def _shift(self, by_L: Tensor) -> None:
         self.magnitude_L.sub_(self.rescale_L.exp() * by_L)
@@ -128,11 +137,11 @@ class Selecting(Activation):
             return self._split(pre.h_BL, norm_L, lambda entries: relu(pre.at(entries)), pick)
         if pre.sparse(sum(self.counts) / len(norm_L)):
             entries = pick(pre.weighed(norm_L), 0)
-            return SparseCode(entries, relu(pre.at(entries)))
+            return SparseCode(entries, relu(pre.at(entries, entries.score_K)))
         f_BL = relu(pre.dense_BL)
         entries = pick(pre.weighed(norm_L), 0)
         f_BL = f_BL * torch.zeros_like(f_BL).index_put_((entries.row_K, entries.latent_K), f_BL.new_ones(()))
-        return DenseCode(f_BL, f_BL)
+        return DenseCode(f_BL, pre.bf16)
 
     def again(self, f_BL: Tensor, norm_L: Tensor) -> Code:
         if norm_L.ndim == 1:
@@ -221,42 +230,47 @@ class JumpReLU(Activation):
         return self.log_threshold_L.exp()
 
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
-        h_BL, threshold_L = pre.dense_BL, self.threshold_L
-        f_BL: Tensor = Jump.apply(h_BL, threshold_L, self.bandwidth)
-        return DenseCode(f_BL, Step.apply(h_BL, threshold_L, self.bandwidth))
+        threshold_L = self.threshold_L
+        entries = pre.above(threshold_L.detach() - self.bandwidth / 2)  # below, nothing has a value or a gradient
+        if entries is None:
+            given = pre.dense_BL, threshold_L, self.bandwidth
+            return DenseCode(Jump.apply(*given), pre.bf16, Step.apply(*given))
+        h_K = pre.at(entries, entries.score_K)
+        given = h_K, OfLatents.apply(threshold_L, entries.latent_K), self.bandwidth
+        return SparseCode(entries, Jump.apply(*given), Step.apply(*given))
 
 
-def near(h_BL: Tensor, threshold_L: Tensor, bandwidth: float) -> Tensor:
+def near(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """K((h - t) / e) / e."""
-    return ((h_BL - threshold_L).abs() < bandwidth / 2) / bandwidth
+    return ((h - threshold).abs() < bandwidth / 2) / bandwidth
 
 
 class Jump(Function):
-    """h x 1[h > t]."""
+    """h x 1[h > t], of matrices [B, L] and thresholds [L], or of entries."""
 
     @staticmethod
-    def forward(ctx: Any, h_BL: Tensor, threshold_L: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(h_BL, threshold_L)
+    def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(h, threshold)
         ctx.bandwidth = bandwidth
-        return h_BL * (h_BL > threshold_L)
+        return h * (h > threshold)
 
     @staticmethod
-    def backward(ctx: Any, grad_BL: Tensor) -> tuple[Tensor | None, ...]:
-        h_BL, threshold_L = ctx.saved_tensors
-        threshold = -(grad_BL * near(h_BL, threshold_L, ctx.bandwidth)).sum(0) * threshold_L
-        return grad_BL * (h_BL > threshold_L), threshold, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, threshold = ctx.saved_tensors
+        near_t = (grad * near(h, threshold, ctx.bandwidth)).sum_to_size(threshold.shape)
+        return grad * (h > threshold), -near_t * threshold, None
 
 
 class Step(Function):
     """1[h > t]: the price of a latent that fires teaches its threshold alone."""
 
     @staticmethod
-    def forward(ctx: Any, h_BL: Tensor, threshold_L: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(h_BL, threshold_L)
+    def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(h, threshold)
         ctx.bandwidth = bandwidth
-        return (h_BL > threshold_L).to(h_BL.dtype)
+        return (h > threshold).to(h.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_BL: Tensor) -> tuple[Tensor | None, ...]:
-        h_BL, threshold_L = ctx.saved_tensors
-        return None, -(grad_BL * near(h_BL, threshold_L, ctx.bandwidth)).sum(0), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, threshold = ctx.saved_tensors
+        return None, -(grad * near(h, threshold, ctx.bandwidth)).sum_to_size(threshold.shape), None

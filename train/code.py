@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import WiringError
-from train.kernels import Decode, Entries
+from train.kernels.entries import Entries
+from train.kernels.products import Decode, OfLatents, SquaredDistance, product
 from train.pre import Ports, Pre
 
 
@@ -44,11 +45,16 @@ class Code(ABC):
 
     @abstractmethod
     def l1(self, weight_L: Tensor) -> Tensor:
-        """The mean over rows of sum over latents of f x weight, a scalar; what penalties see."""
+        """The mean over rows of sum over latents of f x weight, a scalar."""
 
     @abstractmethod
-    def sums(self, of: Callable[[Tensor], Tensor], weight_L: Tensor) -> Tensor:
-        """The sum over latents of of(f x weight) for every row, [B]: what penalties see. of(0) must be 0."""
+    def sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None = None) -> Tensor:
+        """The sum over latents of of(f x scale) (x weight) for every row, [B]. of(0) must be 0."""
+
+    @property
+    def soft(self) -> "Code":
+        """The codes that penalties see, where they see others."""
+        return self
 
     @abstractmethod
     def smallest(self, norm_L: Tensor, group_L: Tensor, groups: int) -> Tensor:
@@ -60,10 +66,15 @@ class Code(ABC):
 
 @dataclass(frozen=True)
 class DenseCode(Code):
-    """Codes as a matrix. `soft_BL` is what penalties see: f itself for ReLU."""
+    """Codes as a matrix."""
 
     f_BL: Tensor
-    soft_BL: Tensor
+    bf16: bool = False  # of products with it
+    soft_BL: Tensor | None = None  # what penalties see, if that is not f
+
+    @property
+    def soft(self) -> "DenseCode":
+        return self if self.soft_BL is None else DenseCode(self.soft_BL, self.bf16)
 
     def dense(self) -> Tensor:
         return self.f_BL
@@ -72,20 +83,21 @@ class DenseCode(Code):
         return self.f_BL.detach().to_sparse().coalesce()
 
     def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
-        return ports.own(self.f_BL, 1) @ W_SD
+        return product(ports.own(self.f_BL, 1), W_SD, self.bf16)
 
     def write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
-        each = (DenseCode(self.f_BL * (group_L == g), self.soft_BL) for g in range(groups))
+        each = (DenseCode(self.f_BL * (group_L == g), self.bf16) for g in range(groups))
         return torch.stack([one.write(W_SD, ports) for one in each], 1)
 
     def fires_L(self, ports: Ports | None = None) -> Tensor:
         return _present((self.f_BL > 0).sum(0), ports)
 
     def l1(self, weight_L: Tensor) -> Tensor:
-        return (self.soft_BL @ weight_L).mean()
+        return (self.f_BL @ weight_L).mean()
 
-    def sums(self, of: Callable[[Tensor], Tensor], weight_L: Tensor) -> Tensor:
-        return of(self.soft_BL * weight_L).sum(1)
+    def sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None = None) -> Tensor:
+        value_BL = of(self.f_BL * scale_L)
+        return value_BL.sum(1) if weight_L is None else value_BL @ weight_L
 
     def smallest(self, norm_L: Tensor, group_L: Tensor, groups: int) -> Tensor:
         return _smallest_positive(self.f_BL * norm_L, group_L.expand_as(self.f_BL), groups)
@@ -97,6 +109,11 @@ class SparseCode(Code):
 
     entries: Entries
     value_K: Tensor
+    soft_K: Tensor | None = None  # what penalties see, if that is not f
+
+    @property
+    def soft(self) -> "SparseCode":
+        return self if self.soft_K is None else SparseCode(self.entries, self.soft_K)
 
     def dense(self) -> Tensor:
         f_BL = self.value_K.new_zeros(self.entries.rows, self.entries.latents)
@@ -127,10 +144,16 @@ class SparseCode(Code):
         return _present(fires_L, ports)
 
     def l1(self, weight_L: Tensor) -> Tensor:
-        return (self.value_K * weight_L[self.entries.latent_K]).sum() / self.entries.rows
+        return (self.value_K * self._of(weight_L)).sum() / self.entries.rows
 
-    def sums(self, of: Callable[[Tensor], Tensor], weight_L: Tensor) -> Tensor:
-        value_K = of(self.value_K * weight_L[self.entries.latent_K])
+    def _of(self, value_L: Tensor) -> Tensor:
+        """What the latents of the entries have."""
+        of_K: Tensor = OfLatents.apply(value_L, self.entries.latent_K)
+        return of_K
+
+    def sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None = None) -> Tensor:
+        value_K = of(self.value_K * self._of(scale_L))
+        value_K = value_K if weight_L is None else value_K * self._of(weight_L)
         return value_K.new_zeros(self.entries.rows).index_add(0, self.entries.row_K, value_K)
 
     def smallest(self, norm_L: Tensor, group_L: Tensor, groups: int) -> Tensor:
@@ -174,8 +197,8 @@ class SplitCode(Code):
     def l1(self, weight_L: Tensor) -> Tensor:
         return torch.stack([one.l1(own_L) for one, own_L in self._each(weight_L)]).sum()
 
-    def sums(self, of: Callable[[Tensor], Tensor], weight_L: Tensor) -> Tensor:
-        return torch.stack([one.sums(of, own_L) for one, own_L in self._each(weight_L)]).sum(0)
+    def sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None = None) -> Tensor:
+        return torch.stack([one.sums(of, own_L, weight_L) for one, own_L in self._each(scale_L)]).sum(0)
 
     def _each(self, of_L: Tensor) -> Iterator[tuple[SparseCode, Tensor]]:
         """The codes of each writer, and its own of values [writers, L], or those [L] that are for all."""
@@ -213,7 +236,7 @@ class Activation(nn.Module, ABC):
 
     def again(self, f_BL: Tensor, norm_L: Tensor) -> Code:
         """The code behind a matrix of codes: of decoupled ones, what each writer has selected of them."""
-        return DenseCode(f_BL, f_BL)
+        return DenseCode(f_BL)
 
     def observe(self, code: Code, norm_L: Tensor) -> None:
         """Called once per training step, with no graph: the only place where running statistics change."""
@@ -241,3 +264,12 @@ class Forward:
     norm_L: Tensor  # decoupled: [writers, L]
     weight_L: Tensor  # of a latent's codes in penalties, as its span says
     base: dict[str, Tensor]  # of y what no code writes, [D] or [B, D]: the bias, and what a skip connection passes on
+
+    @property
+    def rows(self) -> int:
+        return self.pre.rows
+
+    @cached_property
+    def squared(self) -> dict[str, Tensor]:
+        """sum over rows of |target - y|^2, {writer: scalar}, with a graph."""
+        return {name: SquaredDistance.apply(self.target[name], y_BD) for name, y_BD in self.y.items()}

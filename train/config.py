@@ -10,7 +10,7 @@ from shared.reading import IO, Access
 from train import method as methods
 from train.dictionary import Norm
 from train.filter import RowsConfig
-from train.kernels import Choice
+from train.kernels.choice import Codes, Precision
 from train.scale import Kind
 
 
@@ -119,7 +119,10 @@ class TrainConfig(Config):
     resample: ResampleConfig = ResampleConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     log: LogConfig = LogConfig()
-    kernels: Choice = "auto"  # whether kept codes are entries (sparse) or matrices (dense): by what is faster
+    kernels: Codes = "auto"  # whether kept codes are entries (sparse) or matrices (dense): by what is faster
+    precision: Precision = (
+        "auto"  # of large products: fp32, bf16; auto: bf16 where the device multiplies it in hardware
+    )
     device: str = "auto"  # auto: cuda where there is one
     threads: int | None = Field(None, ge=1)  # of torch on the CPU; none: torch's own choice
 

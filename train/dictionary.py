@@ -21,7 +21,7 @@ from shared.device import device_of
 from shared.errors import CheckpointError, RowsError
 from train import method as methods
 from train.code import Activation, Code, Forward
-from train.kernels import AUTO
+from train.kernels.choice import Kernels
 from train.pre import Ports, Pre
 from train.scale import Scale
 from train.sources import parts
@@ -72,7 +72,7 @@ class Dictionary(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.wiring, self.method, self.norm, self.alpha = wiring, method, norm, alpha
-        self.activation, self.scale, self.kernels = activation, scale, AUTO
+        self.activation, self.scale, self.kernels = activation, scale, Kernels()
         self.reads = {name: Ports.of(name, wiring.read_by(name), wiring.latents) for name in wiring.readers}
         self.writes = {name: Ports.of(name, wiring.written_to(name), wiring.latents) for name in wiring.writers}
         self.encoder = Weights({n: torch.zeros(p.size, wiring.widths[n]) for n, p in self.reads.items()})

@@ -16,7 +16,9 @@ from torch.nn.functional import relu
 
 from train import parallel
 from train.code import DenseCode, Forward, SparseCode
-from train.kernels import Entries, largest, top_per_row
+from train.kernels.entries import Entries
+from train.kernels.products import SquaredDistance, product
+from train.kernels.select import largest, top_per_row
 from train.pre import Pre
 from train.schedule import Schedule
 
@@ -67,14 +69,16 @@ class Reconstruction(Term):
         self.form = form
 
     def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
-        return error(out.target, out.y, self.form)
+        if self.form == "norm":
+            return error(out.target, out.y, self.form)
+        return torch.stack(list(out.squared.values())).sum() / out.rows
 
 
 class L1(Term):
     """mean over rows of sum over latents of f x norm x weight of the span (Lindsey et al. 2024, with norm = sum)."""
 
     def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
-        return out.code.l1(out.norm_L * out.weight_L)
+        return out.code.soft.l1(out.norm_L * out.weight_L)
 
 
 class Power(Term):
@@ -108,7 +112,7 @@ class Power(Term):
         return self.gain * self._value(out, self.power(now.step))
 
     def _value(self, out: Forward, p: float) -> Tensor:
-        sum_B = out.code.sums(lambda score: _power(score, p), out.norm_L * out.weight_L)
+        sum_B = out.code.soft.sums(lambda score: _power(score, p), out.norm_L * out.weight_L)
         return (sum_B if self.form == "lp_p" else _power(sum_B, 1 / p)).mean()
 
     def observe(self, out: Forward, now: Now) -> None:
@@ -133,15 +137,15 @@ class Entropy(Term):
     """
 
     def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
-        total_B = out.code.sums(lambda score: score, out.norm_L)
-        logs_B = out.code.sums(lambda score: score * torch.where(score > 0, score, 1.0).log(), out.norm_L)
+        total_B = out.code.soft.sums(lambda score: score, out.norm_L)
+        logs_B = out.code.soft.sums(lambda score: score * torch.where(score > 0, score, 1.0).log(), out.norm_L)
         safe_B = torch.where(total_B > 0, total_B, 1.0)
         return (safe_B.log() - logs_B / safe_B).mean()
 
 
 class Frozen(Term):
-    """The reconstruction error of relu(h) by the decoder as it stands: mean of |x - y(relu(h))|^2, summed over sources
-    (or, as the reconstruction itself, of |x - y|).
+    """The reconstruction error of relu(h), the code that penalties see, by the decoder as it stands: mean of
+    |x - y(relu(h))|^2, summed over sources (or, as the reconstruction itself, of |x - y|).
 
     The auxiliary loss of Rajamanoharan et al. 2024 (https://arxiv.org/abs/2404.16014): it teaches the gate, and no
     decoder, decoder bias or skip connection.
@@ -152,10 +156,8 @@ class Frozen(Term):
         self.form = form
 
     def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
-        gate_BL = relu(out.pre.dense_BL)
-        code = DenseCode(gate_BL, gate_BL)
         y = {
-            source: code.write(W_SD.detach(), dictionary.writes[source]) + out.base[source].detach()
+            source: out.code.soft.write(W_SD.detach(), dictionary.writes[source]) + out.base[source].detach()
             for source, W_SD in dictionary.decoder.items()
         }
         return error(out.target, y, self.form)
@@ -192,16 +194,17 @@ class AuxK(Term):
             code = SparseCode(entries, relu(pre.at(entries)))
             guess = {source: code.write(dictionary.decoder[source], dictionary.writes[source]) for source in error}
         else:  # so many of the dead that a product over them alone is faster
-            top_Bk = largest(h_Bn, k)
-            kept_Bn = torch.zeros_like(h_Bn).scatter_(1, top_Bk, relu(h_Bn.gather(1, top_Bk)))
+            value_Bk, latent_Bk = largest(h_Bn, k)
+            kept_Bn = torch.zeros_like(h_Bn).scatter_(1, latent_Bk, relu(value_Bk))
             f_Bn = pre.graph_of(kept_Bn, dead, now.apart)
-            guess = {s: f_Bn @ dictionary.writes[s].rows(dictionary.decoder[s], dead, now.apart) for s in error}
+            dead_nD = {s: dictionary.writes[s].rows(dictionary.decoder[s], dead, now.apart) for s in error}
+            guess = {source: product(f_Bn, W_nD, pre.bf16) for source, W_nD in dead_nD.items()}
         return _finite_or_none(squared_error(error, guess))
 
 
 def _of_error(pre: Pre, error: dict[str, Tensor]) -> Pre:
     read = {source: error[source] for source in pre.wiring.readers}
-    return Pre(pre.wiring, read, pre.weights, pre.ports, torch.zeros_like(pre.bias_L), pre.choice)
+    return Pre(pre.wiring, read, pre.weights, pre.ports, torch.zeros_like(pre.bias_L), pre.kernels)
 
 
 class Ghost(Term):
@@ -218,7 +221,7 @@ class Ghost(Term):
         if not now.dead_L.any():
             return first.new_zeros(())
         ghost_BL = torch.where(now.dead_L, out.pre.dense_BL, -torch.inf).exp()
-        code = DenseCode(ghost_BL, ghost_BL)
+        code = DenseCode(ghost_BL, out.pre.bf16)
         error = {source: (out.target[source] - y_BD).detach() for source, y_BD in out.y.items()}
         ghost = {source: code.write(dictionary.decoder[source], dictionary.writes[source]) for source in error}
         long_B, ghost_B = _length(error), _length(ghost).detach()
@@ -229,18 +232,20 @@ class Ghost(Term):
 
 
 def error(x: Mapping[str, Tensor], y: Mapping[str, Tensor], form: ReconForm) -> Tensor:
-    """The mean over rows of the sum over sources of |x - y|^2, or of |x - y| (norm), a scalar."""
-    return torch.stack([lengths(x[source] - y[source], form).mean() for source in y]).sum()
+    """The mean over vectors [..., D] of the sum over sources of |x - y|^2, or of |x - y| (norm), a scalar."""
+    if form == "norm":
+        return torch.stack([length(x[source] - y[source]).mean() for source in y]).sum()
+    vectors = next(iter(y.values())).shape[:-1].numel()
+    return torch.stack([SquaredDistance.apply(x[source], y[source]) for source in y]).sum() / vectors
 
 
 def squared_error(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
     return error(x, y, "squared")
 
 
-def lengths(difference: Tensor, form: ReconForm) -> Tensor:
-    """Of vectors along the last dimension: squared, or as they are (norm), of 0 with a gradient of 0."""
-    squared = difference.square().sum(-1)
-    return squared if form == "squared" else _power(squared, 0.5)
+def length(vectors: Tensor) -> Tensor:
+    """Of vectors along the last dimension; of 0 with a gradient of 0."""
+    return _power(vectors.square().sum(-1), 0.5)
 
 
 def _length(x: Mapping[str, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from shared import config as configs
 from shared.device import free_memory, memory_minded, peak_memory, torch_threads
 from shared.errors import ConfigError
 from train import parallel, prepare
-from train.kernels import drop_spare
+from train.kernels.entries import drop_spare
 from train.loader import SLOTS
 from train.prepare import Ready, Shape
 from train.scale import Scale

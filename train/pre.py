@@ -10,12 +10,17 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
-from train.kernels import AUTO, Choice, Columns, Entries, PreActivation, borrowed, hand_back, sparse
+from train.kernels import choice
+from train.kernels.choice import Kernels
+from train.kernels.entries import Entries, borrowed, hand_back
+from train.kernels.products import Columns, PreActivation, Whole, product
+from train.kernels.select import above, by_latent
 from train.wiring import Wiring, size_of
 
 TINY = 1e-30  # the least decoder norm that scores are weighed by
+SAMPLE = 512  # latents by which the number of entries is told
 AT_ONCE = 2048  # latents whose encoders are copied together on a CPU
 
 
@@ -58,6 +63,26 @@ class Ports:
     def size(self) -> int:
         return size_of(self.slices)
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether the source has a part in every latent."""
+        return self.size == len(self.local_L)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """(h - less) x norm of a batch, [B, L]. What is None was left out."""
+
+    score_BL: Tensor
+    asked_L: Tensor | None  # the norm
+    norm_L: Tensor | None  # as it was multiplied in
+    less_L: Tensor | None
+
+    def h(self, score: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
+        """h of some scores, given the latent of each, or of the last dimension."""
+        h = score if self.norm_L is None else score / self.norm_L[latents]
+        return h if self.less_L is None else h + self.less_L[latents]
+
 
 class Pre:
     """The pre-activations of one batch, h = b + sum over readers of x . W, computed as an activation asks for them."""
@@ -69,12 +94,12 @@ class Pre:
         weights: Mapping[str, Tensor],
         ports: Mapping[str, Ports],
         bias_L: Tensor,
-        choice: Choice = AUTO,
+        kernels: Kernels,
     ) -> None:
         self.wiring, self.x, self.weights, self.ports, self.bias_L = wiring, x, weights, ports, bias_L
-        self.choice: Choice = choice
-        self._weighed: tuple[Tensor, Tensor, Tensor] | None = None  # h x norm; the norm; and as it was multiplied in
-        self._borrowed: Tensor | None = None  # behind h x norm
+        self.kernels = kernels
+        self._known: Scores | None = None
+        self._borrowed: Tensor | None = None  # behind the scores
 
     @property
     def rows(self) -> int:
@@ -82,10 +107,16 @@ class Pre:
 
     def sparse(self, share: float) -> bool:
         """Whether codes of which this share is kept are to be entries, and no matrix."""
-        return sparse(self.choice, self.bias_L.device, share)
+        return self.kernels.sparse(self.bias_L.device, share)
 
-    def _products(self) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
-        """Of every span: its latents, the rows that it reads, of all its sources side by side, and its encoders.
+    @cached_property
+    def bf16(self) -> bool:
+        """Whether products are rounded to bf16, their factors and what comes out. All else is fp32."""
+        size = self.rows * sum(W_SD.numel() for W_SD in self.weights.values())
+        return self.bias_L.dtype == torch.float32 and self.kernels.bf16(self.bias_L.device, size)
+
+    def _products(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+        """Of every span: its latents, the rows that it reads, of all its sources side by side in `dtype`, its encoders.
 
         So each is one product, which holds nothing of a source that the span does not read.
         """
@@ -93,7 +124,7 @@ class Pre:
         for span in self.wiring.spans:
             readers = tuple(source for source in self.wiring.readers if source in span.readers)
             if readers not in beside:
-                beside[readers] = side_by_side([self.x[source] for source in readers])
+                beside[readers] = side_by_side([self.x[source].to(dtype) for source in readers])
             parts = [self.weights[source].narrow(0, first[source], span.size) for source in readers]
             first |= {source: first[source] + span.size for source in readers}
             yield self.wiring.slices[span.name], beside[readers], parts
@@ -101,78 +132,128 @@ class Pre:
     @cached_property
     def dense_BL(self) -> Tensor:
         """h_BL with a graph: for dense methods."""
-        spans = [linear(x_BD, side_by_side(parts), self.bias_L[own]) for own, x_BD, parts in self._products()]
-        return side_by_side(spans)
+        with torch.no_grad():
+            known = self.scores()
+            h_BL = known.h(known.score_BL.to(self.bias_L.dtype))
+        return Whole.apply(h_BL, *self._given(), self.bf16, self.bias_L, *self._encoders())
 
     @cached_property
     def h_BL(self) -> Tensor:
         """h_BL without a graph."""
-        return self.weighed(torch.ones_like(self.bias_L))
+        return self.weighed()
 
-    @torch.no_grad()
-    def weighed(self, norm_L: Tensor) -> Tensor:
-        """h x norm, [B, L], without a graph: the one dense product that a sparse method needs.
+    def weighed(self, norm_L: Tensor | None = None, less_L: Tensor | None = None) -> Tensor:
+        """(h - less) x norm, [B, L], without a graph: the one dense product that a sparse method needs.
 
-        The norm goes into the encoders, which are smaller. One of 0 counts as TINY, so that h can be told again.
+        Both go into the encoders and biases, which are smaller. A norm of 0 counts as TINY, so that h can be told.
         """
-        if self._weighed is None or self._weighed[1] is not norm_L:
-            safe_L = norm_L.clamp_min(TINY).to(self.bias_L.dtype)
-            known = "dense_BL" in self.__dict__
-            self._weighed = self.dense_BL.detach() * safe_L if known else self._product(safe_L), norm_L, safe_L
-        return self._weighed[0]
+        known = self._known
+        if known is None or known.asked_L is not norm_L or known.less_L is not less_L:
+            with torch.no_grad():
+                self._known = known = self._scores(norm_L, less_L)
+        return known.score_BL
 
-    def _product(self, norm_L: Tensor) -> Tensor:
-        """On a CPU a transposed matrix: of a product that is so written it is done a tenth sooner (LOG.md)."""
-        rows, latents, on_cpu = self.rows, len(norm_L), self.bias_L.device.type == "cpu"
+    def scores(self) -> Scores:
+        """Those that there are, or pre-activations as they are."""
+        if self._known is None:
+            self.weighed()
+        assert self._known is not None
+        return self._known
+
+    def _scores(self, norm_L: Tensor | None, less_L: Tensor | None) -> Scores:
+        safe_L = None if norm_L is None else norm_L.clamp_min(TINY).to(self.bias_L.dtype)
+        if "dense_BL" not in self.__dict__:
+            return Scores(self._product(safe_L, less_L), norm_L, safe_L, less_L)
+        score_BL = self.dense_BL.detach() if less_L is None else self.dense_BL.detach() - less_L
+        return Scores(score_BL if safe_L is None else score_BL * safe_L, norm_L, safe_L, less_L)
+
+    def _product(self, norm_L: Tensor | None, less_L: Tensor | None) -> Tensor:
+        """The scores, in whichever layout is sooner written (LOG.md)."""
+        rows, latents, on_cpu = self.rows, len(self.bias_L), self.bias_L.device.type == "cpu"
+        bias_L = self.bias_L if less_L is None else self.bias_L - less_L
+        bias_L = bias_L if norm_L is None else bias_L * norm_L
         at_once = AT_ONCE if on_cpu else latents
-        self._borrowed = borrowed(rows * latents, self.bias_L)
-        score_BL = self._borrowed.view(latents, rows).T if on_cpu else self._borrowed.view(rows, latents)
-        for own, x_BD, parts in self._products():
+        dtype = torch.bfloat16 if self.bf16 else self.bias_L.dtype
+        self._borrowed = borrowed(rows * latents, dtype, self.bias_L.device)
+        score_BL = self._borrowed.view(rows, latents)
+        if choice.by_latent(self.bias_L.device.type):
+            score_BL = self._borrowed.view(latents, rows).T
+        for own, x_BD, parts in self._products(dtype):
             for first in range(own.start, own.stop, at_once):
                 some = slice(first, min(first + at_once, own.stop))
                 inside = slice(some.start - own.start, some.stop - own.start)
-                W_SD = side_by_side([part[inside] * norm_L[some, None] for part in parts])
-                torch.addmm(self.bias_L[some] * norm_L[some], x_BD, W_SD.T, out=score_BL[:, some])
+                W_SD = _weighed([part[inside] for part in parts], None if norm_L is None else norm_L[some]).to(dtype)
+                torch.addmm(bias_L[some].to(dtype), x_BD, W_SD.T, out=score_BL[:, some])
         return score_BL
 
     def release(self) -> None:
         """Hand back the memory of the scores: for who knows that nobody reads them, nor anything that shows them."""
         if self._borrowed is not None:
             hand_back(self._borrowed)
-        self._weighed = self._borrowed = None
-        self.__dict__.pop("h_BL", None)
+        self._known = self._borrowed = None
+        for name in ("h_BL", "dense_BL"):
+            self.__dict__.pop(name, None)
 
-    def _known(self) -> tuple[Tensor, Tensor]:
-        """Scores that there are, and what h was multiplied by in them."""
-        if self._weighed is None:
-            self.weighed(torch.ones_like(self.bias_L))
-        assert self._weighed is not None
-        return self._weighed[0], self._weighed[2]
+    def _encoders(self) -> list[Tensor]:
+        return [self.weights[source] for source in self.wiring.readers]
 
-    def at(self, entries: Entries) -> Tensor:
-        """h at kept entries, with a graph that reaches those entries only."""
-        score_BL, safe_L = self._known()
+    def _given(self) -> tuple[list[tuple[slice, ...]], list[Tensor]]:
+        """The latents of every source, and its rows."""
+        sources = self.wiring.readers
+        return [self.ports[source].slices for source in sources], [self.x[source] for source in sources]
+
+    @torch.no_grad()
+    def above(self, less_L: Tensor | None = None) -> Entries | None:
+        """Entries whose h is above `less` (none: 0), or None where they are so many that a matrix is faster.
+
+        How many there are is told by some of the latents. A GPU would have to be waited for: there entries are to be
+        asked for.
+        """
+        on_cpu = self.bias_L.device.type == "cpu"
+        if self.kernels.codes == "dense" or (self.kernels.codes == "auto" and not on_cpu):
+            return None
+        score_BL = self.weighed(None, less_L)
+        some_Bn = score_BL[:, :: max(1, len(self.bias_L) // SAMPLE)]
+        passes = (~(some_Bn <= 0)).float().mean()  # so does what is not a number
+        return above(score_BL, 0.0) if self.sparse(float(passes)) else None
+
+    def at(self, entries: Entries, score_K: Tensor | None = None) -> Tensor:
+        """h at kept entries, with a graph that reaches those entries only; of their h x norm, where that is told."""
         with torch.no_grad():
-            h_K = score_BL[entries.row_K, entries.latent_K] / safe_L[entries.latent_K]
-        sources: Sequence[str] = self.wiring.readers
-        slices, x = [self.ports[s].slices for s in sources], [self.x[s] for s in sources]
-        return PreActivation.apply(h_K, entries, slices, x, self.bias_L, *(self.weights[s] for s in sources))
+            known = self.scores()
+            score_K = known.score_BL[entries.row_K, entries.latent_K] if score_K is None else score_K
+            h_K = known.h(score_K.to(self.bias_L.dtype), entries.latent_K)
+        return PreActivation.apply(h_K, entries, *self._given(), self.bias_L, *self._encoders())
 
     @torch.no_grad()
     def columns(self, latents: Tensor) -> Tensor:
-        """h of some latents, [B, n], without a graph."""
-        if self._weighed is not None:
-            score_BL, safe_L = self._known()
-            return (score_BL.T.index_select(0, latents) / safe_L[latents, None]).T
+        """h of some latents, [B, n], without a graph; the latents of a row side by side in memory."""
+        if (known := self._known) is not None:
+            if by_latent(known.score_BL):
+                score_Bn = known.score_BL.T.index_select(0, latents).T.contiguous()
+            else:
+                score_Bn = known.score_BL.gather(1, latents.expand(self.rows, -1))
+            return known.h(score_Bn.to(self.bias_L.dtype), latents)
         h_Bn = self.bias_L[latents].expand(self.rows, -1)
         for source, W_SD in self.weights.items():
-            h_Bn = h_Bn + self.x[source] @ self.ports[source].rows(W_SD, latents).T
+            h_Bn = h_Bn + product(self.x[source], self.ports[source].rows(W_SD, latents).T, self.bf16)
         return h_Bn
 
     def graph_of(self, f_Bn: Tensor, latents: Tensor, sparse_gradient: bool = False) -> Tensor:
         """The codes of some latents, relu(h) where they are kept, with a graph."""
         places = [(self.x[s], self.ports[s].local_L[latents], self.ports[s].present_L[latents]) for s in self.weights]
-        return Columns.apply(f_Bn, latents, places, sparse_gradient, self.bias_L, *self.weights.values())
+        return Columns.apply(f_Bn, latents, places, sparse_gradient, self.bf16, self.bias_L, *self.weights.values())
+
+
+def _weighed(parts: Sequence[Tensor], norm_L: Tensor | None) -> Tensor:
+    """Encoders side by side, times norms, in one pass."""
+    if norm_L is None:
+        return side_by_side(parts)
+    widths = [part.shape[1] for part in parts]
+    W_SD = parts[0].new_empty(len(norm_L), sum(widths))
+    for part, own_SD in zip(parts, W_SD.split(widths, 1), strict=True):
+        torch.mul(part, norm_L[:, None], out=own_SD)
+    return W_SD
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,8 @@ from train import parallel
 from train.code import Forward
 from train.config import TrainConfig
 from train.dictionary import Dictionary
-from train.kernels import drop_spare
+from train.kernels.choice import Kernels
+from train.kernels.entries import drop_spare
 from train.objective import Now, Term
 from train.schedule import learning_rate
 
@@ -26,7 +27,7 @@ class Trainer:
 
     def __init__(self, dictionary: Dictionary, terms: Sequence[Term], config: TrainConfig) -> None:
         self.dictionary, self.config = dictionary.train(), config
-        dictionary.kernels = config.kernels
+        dictionary.kernels = Kernels(config.kernels, config.precision)
         self.terms = list(terms)
         self._terms = nn.ModuleDict({one.name: one for one in terms}).to(dictionary.activation.bias_L.device)
         assert len(self._terms) == len(terms), "two terms have one name"
@@ -72,7 +73,7 @@ class Trainer:
         unit = self.config.wiring.decoder == "unit"
         if unit:
             self.dictionary.project_gradients()
-        gradient = torch.nn.utils.get_total_norm([one.grad for one in self.parameters if one.grad is not None])
+        gradient = _length([one.grad for one in self.parameters if one.grad is not None])
         # Clipped while Adam reads it, by the factor that a scaled loss would have had: it is passed over once less.
         self.optimiser.grad_scale = (gradient / self.config.optimiser.clip).clamp_min(1.0)  # type: ignore[attr-defined]
         self.optimiser.step()
@@ -94,8 +95,8 @@ class Trainer:
     def _record(self, out: Forward, values: Mapping[str, Tensor], rows: int, dead_L: Tensor) -> dict[str, Tensor]:
         """The figures of a batch, of all ranks' rows together; and the idle counts, which need them, too."""
         means = parallel.summed([target_BD.mean(0) / parallel.world() for target_BD in out.target.values()])
-        errors = [(target_BD - out.y[source]).square().sum() for source, target_BD in out.target.items()]
-        spreads = [(x_BD - mean_D).square().sum() for x_BD, mean_D in zip(out.target.values(), means, strict=True)]
+        errors = [out.squared[source].detach() for source in out.target]
+        spreads = [_squared(x_BD - mean_D) for x_BD, mean_D in zip(out.target.values(), means, strict=True)]
         shares = [value.detach() / parallel.world() for value in values.values()]
         parts = [out.code.fires_L(), torch.stack(errors), torch.stack(spreads), torch.stack(shares)]
         fires_L, error_W, spread_W, share_V = parallel.summed(parts)
@@ -113,6 +114,7 @@ class Trainer:
     def trained(self) -> Dictionary:
         """The dictionary in evaluation mode, its weights averaged where averages are kept. Ends the training."""
         drop_spare()
+        self.dictionary.kernels = Kernels()
         for average, weights in zip(self.averages, self.parameters, strict=False):
             weights.copy_(average)
         if self.averages and self.config.wiring.decoder == "unit":
@@ -136,3 +138,13 @@ class Trainer:
         self._terms.load_state_dict(state["terms"])
         self.averages = [state["averages"][str(n)].to(self.idle_L.device) for n in range(len(state["averages"]))]
         self.idle_L, self.step = state["idle_L"].to(self.idle_L.device), state["step"]
+
+
+def _length(vectors: Sequence[Tensor]) -> Tensor:
+    """Of all of them as one vector. Products with themselves are read once, by all cores (LOG.md)."""
+    return torch.stack([_squared(one) for one in vectors]).sum().sqrt()
+
+
+def _squared(values: Tensor) -> Tensor:
+    flat = values.flatten()
+    return torch.dot(flat, flat)

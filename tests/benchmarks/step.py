@@ -39,7 +39,7 @@ from shared.device import device_of, peak_memory
 from tests.benchmarks.pairs import machine
 from train import prepare
 from train.config import TrainConfig
-from train.kernels import drop_spare
+from train.kernels.entries import drop_spare
 from train.scale import Scale
 from train.trainer import Trainer
 
@@ -65,6 +65,7 @@ class Case:
     k: int
     batch: int
     dead: float
+    precision: str = "fp32"
 
     @property
     def sources(self) -> list[str]:
@@ -73,13 +74,13 @@ class Case:
     @property
     def label(self) -> str:
         shape = f"{len(self.sources)} x {self.width}, {self.latents:,}"
-        return f"{self.kind:<12}{self.method:<11}{shape:<18}k {self.k:<4}{self.dead:>5.0%} dead"
+        return f"{self.kind:<12}{self.method:<11}{shape:<18}k {self.k:<4}{self.dead:>5.0%} dead  {self.precision}"
 
     def trainer(self, device: str, kernels: str = "auto") -> Trainer:
         method: dict[str, Any] = {"name": self.method, **({"k": self.k} if self.method in SPARSE else {})}
         tables = {
             "wiring": {"kind": self.kind, "latents": self.latents, "sources": self.sources}, "method": method,
-            "steps": 10**6, "batch": self.batch, "device": device, "kernels": kernels,
+            "steps": 10**6, "batch": self.batch, "device": device, "kernels": kernels, "precision": self.precision,
             "scale": {"kind": "none", "centre": False},
         }  # fmt: skip
         config = configs.parse(TrainConfig, tables)
@@ -236,11 +237,13 @@ def words(text: str) -> list[str]:
 
 def cases(
     kinds: Sequence[str], methods: Sequence[str], widths: Sequence[str], latents: int, ks: Sequence[str],
-    batch: int, dead: Sequence[str],
+    batch: int, dead: Sequence[str], precisions: Sequence[str],
 ) -> list[Case]:  # fmt: skip
     """Every combination; latents die for AuxK alone."""
-    every = product(kinds, methods, widths, ks, dead)
-    found = [Case(kind, method, int(width), latents, int(k), batch, float(d)) for kind, method, width, k, d in every]
+    every = product(kinds, methods, widths, ks, dead, precisions)
+    found = [
+        Case(kind, method, int(width), latents, int(k), batch, float(d), p) for kind, method, width, k, d, p in every
+    ]
     return [one for one in found if not one.dead or one.method in SPARSE]
 
 
@@ -252,6 +255,7 @@ def main(
     k: Annotated[str, typer.Option(help="latents of a row")] = "32",
     batch: Annotated[int, typer.Option(help="rows")] = 2048,
     dead: Annotated[str, typer.Option(help="shares of latents that are dead")] = "0,0.1",
+    precision: Annotated[str, typer.Option(help="of our products: fp32, bf16; the bare one is fp32")] = "fp32",
     rounds: Annotated[int, typer.Option(help="of all ways of a case in turn")] = ROUNDS,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "auto",
     out: Annotated[Path | None, typer.Option(help="a JSON file for the figures")] = None,
@@ -264,7 +268,7 @@ def main(
         print(json.dumps(memory(Case(**json.loads(memory_of)), place)))
         return
     print(f"{machine()}; torch {torch.__version__}; {batch:,} rows, {rounds} rounds, on {place}\n")
-    asked = cases(words(kinds), words(methods), words(widths), latents, words(k), batch, words(dead))
+    asked = cases(words(kinds), words(methods), words(widths), latents, words(k), batch, words(dead), words(precision))
     for case in asked:
         found.append(measured(case, place, rounds, peers))
         print(line(case, found[-1]), flush=True)

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from tests.cases import CASES, random_rows, wiring
 from tests.train.dense import full, places
-from train.kernels import above
+from train.kernels.choice import Kernels
+from train.kernels.select import above
 from train.pre import Ports, Pre
 from train.wiring import Wiring
 
 ROWS, LATENTS = 7, 20
+EXACT = Kernels()
 every_case = pytest.mark.parametrize("case", CASES)
 seeds = st.integers(0, 2**16)
 
@@ -47,8 +49,8 @@ class Problem:
         self.value_K = leaf(len(self.entries.row_K))
         self.generator = generator
 
-    def pre(self, bias_L: Tensor, encoder: Mapping[str, Tensor]) -> Pre:
-        return Pre(self.wiring, self.x, dict(encoder), self.reads, bias_L)
+    def pre(self, bias_L: Tensor, encoder: Mapping[str, Tensor], kernels: Kernels = EXACT) -> Pre:
+        return Pre(self.wiring, self.x, dict(encoder), self.reads, bias_L, kernels)
 
     def dense_h(self) -> Tensor:
         h_BL = self.bias_L.double()

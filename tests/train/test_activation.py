@@ -14,12 +14,16 @@ from train.activation import Gated, Jump, JumpReLU, Relu, Step
 
 
 def pre(rows: list[list[float]]) -> Any:
-    return SimpleNamespace(dense_BL=torch.tensor(rows))
+    return of(torch.tensor(rows))
+
+
+def of(h_BL: Tensor) -> Any:
+    return SimpleNamespace(dense_BL=h_BL, bf16=False, above=lambda less_L=None: None)
 
 
 def test_relu_is_seen_by_penalties_as_it_is() -> None:
     code: Any = Relu(3)(pre([[1.0, -1.0, 0.0]]), torch.ones(3))
-    assert code.f_BL.tolist() == code.soft_BL.tolist() == [[1.0, 0.0, 0.0]]
+    assert code.f_BL.tolist() == code.soft.f_BL.tolist() == [[1.0, 0.0, 0.0]]
 
 
 def test_a_gate_opens_by_its_own_bias_and_lets_a_magnitude_through() -> None:
@@ -31,14 +35,14 @@ def test_a_gate_opens_by_its_own_bias_and_lets_a_magnitude_through() -> None:
         gated.magnitude_L[:] = torch.tensor([0.5, 9.0, 1.5])
     code: Any = gated(pre([[1.0, -0.5, 2.0]]), torch.ones(3))
     assert code.f_BL[0].tolist() == [4.5, 0.0, 0.5]  # 2 x 2 + 0.5; closed; 1 x -1 + 1.5
-    assert code.soft_BL[0].tolist() == [1.0, 0.0, 2.0]
+    assert code.soft.f_BL[0].tolist() == [1.0, 0.0, 2.0]
     gated.magnitude_L.data[2] = -5.0
     assert gated(pre([[1.0, -0.5, 2.0]]), torch.ones(3)).dense()[0, 2] == 0.0  # open, but below 0
 
 
 def test_reconstruction_does_not_move_a_gate() -> None:
     gated, h_BL = Gated(2), torch.tensor([[1.0, 2.0]])
-    code = gated(SimpleNamespace(dense_BL=h_BL + gated.bias_L), torch.ones(2))
+    code = gated(of(h_BL + gated.bias_L), torch.ones(2))
     code.dense().sum().backward()
     assert gated.bias_L.grad is not None and not gated.bias_L.grad.any()
     assert gated.magnitude_L.grad is not None and gated.magnitude_L.grad.tolist() == [1.0, 1.0]
@@ -48,16 +52,16 @@ def test_a_threshold_lets_through_what_is_above_it() -> None:
     jump = JumpReLU(4, threshold=0.5, bandwidth=0.1)
     code: Any = jump(pre([[0.4, 0.6, -1.0, 2.0]]), torch.ones(4))
     assert code.f_BL[0].tolist() == pytest.approx([0.0, 0.6, 0.0, 2.0])
-    assert code.soft_BL[0].tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert code.soft.f_BL[0].tolist() == [0.0, 1.0, 0.0, 1.0]
     assert jump.threshold_L.tolist() == pytest.approx([0.5] * 4)
 
 
-def grads(of: Any, h: list[float], threshold: float, bandwidth: float) -> tuple[Tensor, Tensor]:
+def grads(function: Any, h: list[float], threshold: float, bandwidth: float) -> tuple[Tensor, Tensor]:
     """By h and by the threshold, one row a latent."""
     h_BL = torch.tensor([h], dtype=torch.float64, requires_grad=True)
     threshold_L = torch.full((len(h),), threshold, dtype=torch.float64, requires_grad=True)
     by_h, by_threshold = torch.autograd.grad(
-        of.apply(h_BL, threshold_L, bandwidth).sum(), [h_BL, threshold_L], allow_unused=True
+        function.apply(h_BL, threshold_L, bandwidth).sum(), [h_BL, threshold_L], allow_unused=True
     )
     return by_h, by_threshold
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.cases import CASES, LATENTS, wiring
 from tests.train.dense import full, places
-from train.code import DenseCode, SparseCode
-from train.kernels import Entries
+from train.code import Code, DenseCode, SparseCode
+from train.kernels.entries import Entries
 from train.pre import Ports
 
 CASE = st.sampled_from(list(CASES))
@@ -25,7 +25,7 @@ def made(seed: int, rows: int = 5) -> tuple[DenseCode, SparseCode]:
     kept_BL = torch.rand(rows, LATENTS, generator=generator) < 0.2
     f_BL = torch.rand(rows, LATENTS, generator=generator) * kept_BL * (torch.rand(rows, 1, generator=generator) < 0.8)
     row_K, latent_K = torch.nonzero(kept_BL, as_tuple=True)
-    return DenseCode(f_BL, f_BL), SparseCode(Entries(row_K, latent_K, rows, LATENTS), f_BL[row_K, latent_K])
+    return DenseCode(f_BL), SparseCode(Entries(row_K, latent_K, rows, LATENTS), f_BL[row_K, latent_K])
 
 
 def ports(case: str, source: str) -> Ports:
@@ -65,9 +65,15 @@ def test_both_kinds_of_code_answer_alike(seed: int) -> None:
 
 
 def test_penalties_see_the_soft_code() -> None:
-    code = DenseCode(f_BL=torch.tensor([[1.0, 0.0]]), soft_BL=torch.tensor([[3.0, 5.0]]))
-    assert code.l1(torch.tensor([1.0, 2.0])).item() == 13.0
-    assert code.fires_L().tolist() == [1, 0]
+    f_BL, soft_BL, weight_L = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 5.0]]), torch.tensor([1.0, 2.0])
+    both = Entries(torch.tensor([0, 0]), torch.tensor([0, 1]), 1, 2)
+    codes: list[Code] = [DenseCode(f_BL, soft_BL=soft_BL), SparseCode(both, f_BL[0], soft_BL[0])]
+    for code in codes:
+        assert (code.l1(weight_L).item(), code.soft.l1(weight_L).item()) == (1.0, 13.0)
+        assert code.sums(torch.square, weight_L).tolist() == [1.0]
+        assert code.soft.sums(torch.square, weight_L, weight_L).tolist() == [9.0 + 2 * 100.0]
+        assert code.fires_L().tolist() == [1, 0]
+        assert (soft := code.soft).soft is soft
 
 
 def test_a_code_without_entries_writes_zeros_and_has_no_smallest() -> None:
@@ -108,7 +114,7 @@ def test_penalty_and_write_have_the_gradients_of_the_formula(case: str) -> None:
 
     weights = W_SD.requires_grad_()
     f_BL, value_K = dense.f_BL.clone().requires_grad_(), sparse.value_K.clone().requires_grad_()
-    by_matrix, dW_matrix = gradients(DenseCode(f_BL, f_BL), f_BL)
+    by_matrix, dW_matrix = gradients(DenseCode(f_BL), f_BL)
     by_entry, dW_entry = gradients(SparseCode(sparse.entries, value_K), value_K)
     torch.testing.assert_close(by_entry, by_matrix[sparse.entries.row_K, sparse.entries.latent_K], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(dW_entry, dW_matrix, rtol=1e-4, atol=1e-6)
@@ -124,7 +130,5 @@ def test_what_groups_of_latents_write_is_what_each_of_them_would_alone(case: str
             y_BGD = code.write_groups(W_SD, own, group_L, 3)
             for group in range(3):
                 f_BL = code.dense() * (group_L == group)
-                torch.testing.assert_close(
-                    y_BGD[:, group], DenseCode(f_BL, f_BL).write(W_SD, own), rtol=1e-5, atol=1e-5
-                )
+                torch.testing.assert_close(y_BGD[:, group], DenseCode(f_BL).write(W_SD, own), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(y_BGD.sum(1), code.write(W_SD, own), rtol=1e-5, atol=1e-5)

@@ -12,7 +12,10 @@ from torch import Tensor
 from tests.train.dense import full, places, top_mask, top_mask_of_batch
 from tests.train.problem import LATENTS, ROWS, Problem, every_case, matrix, seeds, tolerance
 from train.code import SparseCode
-from train.kernels import Decode, Entries, above, sparse, sums_by_latent, top_of_batch, top_per_row
+from train.kernels.choice import Kernels, has_bf16
+from train.kernels.entries import Entries
+from train.kernels.products import Decode, SquaredDistance, product, sums_by_latent
+from train.kernels.select import above, top_of_batch, top_per_row
 from train.pre import Ports
 
 
@@ -114,6 +117,8 @@ def test_entries_stand_in_order_of_rows_then_latents_and_know_where_both_start(
         above(score_BL, 0.5),
     ):
         assert entries.row_K.dtype == entries.latent_K.dtype == torch.int64
+        if entries.score_K is not None:
+            assert torch.equal(entries.score_K, score_BL[entries.row_K, entries.latent_K])
         flat_K = entries.row_K * latents + entries.latent_K
         assert torch.equal(flat_K, flat_K.sort().values)
         counts_L = mask(entries).sum(0)
@@ -184,9 +189,51 @@ def test_decoding_entries_and_every_gradient_equal_the_dense_ones(case: str, dty
 
 def test_how_codes_are_held_is_a_matter_of_their_share_or_of_what_is_asked() -> None:
     cpu = torch.device("cpu")
-    assert [sparse("auto", cpu, share) for share in (0.001, 0.05, 0.5)] == [True, True, False]
-    assert [sparse("sparse", cpu, share) for share in (0.001, 0.5)] == [True, True]
-    assert [sparse("dense", cpu, share) for share in (0.001, 0.5)] == [False, False]
+    assert [Kernels().sparse(cpu, share) for share in (0.001, 0.05, 0.5)] == [True, True, False]
+    assert [Kernels("sparse").sparse(cpu, share) for share in (0.001, 0.5)] == [True, True]
+    assert [Kernels("dense").sparse(cpu, share) for share in (0.001, 0.5)] == [False, False]
+
+
+def test_products_are_rounded_where_it_is_asked_or_where_a_large_one_is_faster_so() -> None:
+    cpu, large = torch.device("cpu"), 2**40
+    assert not Kernels(precision="fp32").bf16(cpu, large) and Kernels(precision="bf16").bf16(cpu, 1)
+    assert not Kernels(precision="auto").bf16(cpu, 1000)
+    assert Kernels(precision="auto").bf16(cpu, large) == has_bf16("cpu")
+    assert not Kernels(precision="auto").bf16(torch.device("meta"), large)
+
+
+@given(rows=st.integers(1, 9), latents=st.integers(1, 300), seed=seeds, by_latent=st.booleans(), data=st.data())
+def test_of_scores_in_bf16_as_many_are_kept_and_none_that_is_less_than_another(
+    rows: int, latents: int, seed: int, by_latent: bool, data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, min(latents, 40)))
+    score_BL = laid_out(matrix(rows, latents, seed, torch.bfloat16), by_latent)
+    kept_BL, kept_of_all_BL = mask(top_per_row(score_BL, k)), mask(top_of_batch(score_BL, k * rows))
+    assert kept_BL.sum(1).tolist() == [k] * rows and int(kept_of_all_BL.sum()) == k * rows
+    least = torch.where(kept_BL, score_BL, torch.inf).amin(1), torch.where(kept_of_all_BL, score_BL, torch.inf).amin()
+    assert not (torch.where(kept_BL, -torch.inf, score_BL).amax(1) > least[0]).any()
+    assert not (torch.where(kept_of_all_BL, -torch.inf, score_BL) > least[1]).any()
+
+
+@given(seed=seeds)
+def test_a_rounded_product_and_its_gradients_are_those_of_rounded_factors(seed: int) -> None:
+    """All factors of both passes; what is left is the rounding of results."""
+    a, b, grad = (matrix(*shape, seed + n, torch.float32) for n, shape in enumerate([(6, 9), (9, 5), (6, 5)]))
+    leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+    made = product(*leaves, bf16=True)
+    found = torch.autograd.grad(made, leaves, grad)
+    a, b, grad = (one.bfloat16().double() for one in (a, b, grad))
+    for got, wanted in zip([made.detach(), *found], [a @ b, grad @ b.T, a.T @ grad], strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-6)
+    assert torch.equal(product(*leaves, bf16=False), leaves[0] @ leaves[1])
+
+
+def test_a_squared_distance_and_its_gradients_are_those_of_the_formula() -> None:
+    x, y = (matrix(4, 3, seed).requires_grad_() for seed in (0, 1))
+    torch.testing.assert_close(SquaredDistance.apply(x, y), (x - y).square().sum(), rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(SquaredDistance.apply, (x, y))
+    assert torch.autograd.gradcheck(SquaredDistance.apply, (x.T, y.T)), "in any layout"
 
 
 @every_case

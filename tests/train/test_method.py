@@ -128,7 +128,7 @@ class Doubled(Activation):
 
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
         f_BL = self.factor * relu(pre.dense_BL)
-        return DenseCode(f_BL, f_BL)
+        return DenseCode(f_BL)
 '''
 
 

@@ -156,7 +156,7 @@ def of_codes(rows: list[list[float]]) -> Forward:
     """A forward pass of which a penalty sees these codes."""
     f_BL = torch.tensor(rows, requires_grad=True)
     ones_L = torch.ones(f_BL.shape[1])
-    made: Any = SimpleNamespace(code=DenseCode(f_BL, f_BL), norm_L=ones_L, weight_L=ones_L)
+    made: Any = SimpleNamespace(code=DenseCode(f_BL), norm_L=ones_L, weight_L=ones_L)
     return made
 
 

@@ -21,8 +21,9 @@ from shared.errors import ConfigError, GranaryError, Stopped, TrainingError, one
 from shared.store import Store
 from tests import cases
 from tests.build import make_store
-from train import checkpoint, kernels, parallel
+from train import checkpoint, parallel
 from train.fit import fit, resume, resume_sweep, sweep
+from train.kernels.select import top_of_batch
 from train.trainer import Trainer
 
 RANKS = 2
@@ -130,7 +131,7 @@ def select(folder: Path) -> None:
     found = []
     for case in range(25):
         score, count = scores(case)
-        entries = kernels.top_of_batch(score[parallel.rank()], count)
+        entries = top_of_batch(score[parallel.rank()], count)
         found.append((entries.row_K, entries.latent_K))
     put(folder, found)
 

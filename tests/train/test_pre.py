@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 
 from tests.train.problem import LATENTS, ROWS, Problem, every_case, matrix, seeds, tolerance
+from train.kernels import choice
+from train.kernels.choice import Kernels
 
 
 @every_case
@@ -31,10 +33,16 @@ def test_codes_of_some_latents_and_every_gradient_equal_the_dense_ones(
     latents = torch.tensor([1, 2, 7, 11, 19])
     h_Bn = one.dense_h()[:, latents]
     f_Bn = h_Bn.clamp_min(0) * (torch.rand(h_Bn.shape, generator=one.generator) < 0.7)
-    pre = one.pre(one.bias_L, one.encoder)
-    torch.testing.assert_close(pre.columns(latents).double(), h_Bn, **tolerance(dtype))
-    pre.weighed(torch.rand(LATENTS, generator=one.generator, dtype=dtype))
-    torch.testing.assert_close(pre.columns(latents).double(), h_Bn, **tolerance(dtype))
+    norm_L = torch.rand(LATENTS, generator=one.generator, dtype=dtype)
+    for by_latent in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(choice, "by_latent", lambda device, by_latent=by_latent: by_latent)
+            pre = one.pre(one.bias_L, one.encoder)
+            torch.testing.assert_close(pre.columns(latents).double(), h_Bn, **tolerance(dtype))
+            score_BL = pre.weighed(norm_L)
+            assert (score_BL.T if by_latent else score_BL).is_contiguous()
+            torch.testing.assert_close(score_BL.double(), one.dense_h().detach() * norm_L, **tolerance(dtype))
+            torch.testing.assert_close(pre.columns(latents).double(), h_Bn, **tolerance(dtype))
     grad_Bn = torch.randn(f_Bn.shape, generator=one.generator, dtype=dtype)
     leaves = [one.bias_L, *one.encoder.values()]
     expected = torch.autograd.grad(f_Bn, leaves, grad_Bn.double())
@@ -43,6 +51,31 @@ def test_codes_of_some_latents_and_every_gradient_equal_the_dense_ones(
         for got, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(got.to_dense(), wanted, **tolerance(dtype))
         assert [got.is_sparse for got in found] == [False, *[sparse] * len(one.encoder)]
+
+
+@every_case
+@settings(max_examples=10)
+@given(seed=seeds)
+def test_products_in_bf16_are_near_and_gradients_at_entries_exact(case: str, seed: int) -> None:
+    one = Problem(case, seed, torch.float32)
+    pre, norm_L = one.pre(one.bias_L, one.encoder, Kernels(precision="bf16")), torch.rand(LATENTS)
+    h_BL, latents = one.dense_h(), torch.tensor([1, 2, 7, 11, 19])
+    near = {"rtol": 0.02, "atol": 0.02 * float(h_BL.detach().abs().max())}
+    assert pre.weighed(norm_L).dtype == torch.bfloat16
+    torch.testing.assert_close(pre.weighed(norm_L).double(), h_BL.detach() * norm_L, **near)
+    torch.testing.assert_close(pre.columns(latents).double(), h_BL.detach()[:, latents], **near)
+    exact_K, leaves = h_BL[one.entries.row_K, one.entries.latent_K], [one.bias_L, *one.encoder.values()]
+    torch.testing.assert_close(pre.at(one.entries).double(), exact_K, **near)
+    grad_K, grad_BL = matrix(1, len(exact_K), seed, torch.float32)[0], matrix(ROWS, LATENTS, seed, torch.float32)
+    found = torch.autograd.grad(pre.at(one.entries), leaves, grad_K)
+    expected = torch.autograd.grad(exact_K, leaves, grad_K.double(), retain_graph=True)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, **tolerance(torch.float32))
+    dense_BL = one.pre(one.bias_L, one.encoder, Kernels(precision="bf16")).dense_BL
+    torch.testing.assert_close(dense_BL.double(), h_BL, **near)
+    found, expected = (torch.autograd.grad(made_BL, leaves, grad_BL.to(made_BL)) for made_BL in (dense_BL, h_BL))
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
 
 
 @every_case

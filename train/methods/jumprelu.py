@@ -65,8 +65,8 @@ class Price(Term):
 
     def forward(self, dictionary: "Dictionary", out: Forward, now: Now) -> Tensor:
         if self.penalty == "tanh":
-            return (torch.tanh(self.c * out.code.dense() * out.norm_L) @ out.weight_L).mean()
-        l0 = out.code.l1(out.weight_L)
+            return out.code.sums(torch.tanh, self.c * out.norm_L, out.weight_L).mean()
+        l0 = out.code.soft.l1(out.weight_L)
         if self.penalty == "l0":
             return l0
         [total] = parallel.summed([l0.detach()])

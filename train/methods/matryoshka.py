@@ -18,7 +18,7 @@ from shared.errors import WiringError
 from train.activation import BatchTopK
 from train.code import Forward
 from train.method import BatchTopKConfig, Method
-from train.objective import Now, ReconForm, Term, lengths
+from train.objective import Now, ReconForm, Term, error
 from train.schedule import constant
 from train.wiring import Wiring
 
@@ -73,9 +73,9 @@ class Nested(Term):
         self.register_buffer("group_L", group_L, persistent=False)
 
     def forward(self, dictionary: "Dictionary", out: Forward, now: Now) -> Tensor:
-        parts = []
+        x, y = {}, {}
         for source, x_BD in out.target.items():
             weights_SD, ports = dictionary.decoder[source], dictionary.writes[source]
-            y_BGD = out.code.write_groups(weights_SD, ports, self.group_L, self.groups).cumsum(1)
-            parts.append(lengths((x_BD - out.base[source])[:, None] - y_BGD, self.form).mean())
-        return torch.stack(parts).sum()
+            y[source] = out.code.write_groups(weights_SD, ports, self.group_L, self.groups).cumsum(1)
+            x[source] = (x_BD - out.base[source])[:, None].expand_as(y[source])
+        return error(x, y, self.form)

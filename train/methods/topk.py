@@ -11,7 +11,8 @@ from torch import Tensor
 
 from train.activation import Selecting
 from train.code import Forward
-from train.kernels import Entries, top_per_row
+from train.kernels.entries import Entries
+from train.kernels.select import top_per_row
 from train.method import Method, TopKConfig
 from train.objective import Now, ReconForm, Term, error
 from train.schedule import Schedule, constant

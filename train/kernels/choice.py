@@ -1,0 +1,46 @@
+"""How a step is computed: kept codes as entries or matrices, products in fp32 or bf16; by what was measured."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+Codes = Literal["auto", "sparse", "dense"]
+Precision = Literal["auto", "fp32", "bf16"]
+# The share of entries up to which kept ones are faster than whole matrices: tests/benchmarks/LOG.md.
+SPARSE = {"cpu": 0.1, "cuda": 0.02}
+# Multiplications of a product from which bf16 is worth its casts, there too.
+LARGE = 2**28
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a dictionary is told of how to compute. Its own: exact products, and what is faster for codes."""
+
+    codes: Codes = "auto"
+    precision: Precision = "fp32"
+
+    def sparse(self, device: torch.device, share: float) -> bool:
+        """Whether codes of which this share is kept go by their entries."""
+        return share <= SPARSE.get(device.type, 0.0) if self.codes == "auto" else self.codes == "sparse"
+
+    def bf16(self, device: torch.device, size: int) -> bool:
+        """Whether a product of so many multiplications takes factors that are rounded to bf16."""
+        if self.precision != "auto":
+            return self.precision == "bf16"
+        return size >= LARGE and has_bf16(device.type)
+
+
+@cache
+def by_latent(device: str) -> bool:
+    """Whether scores are written with the rows of a latent side by side: so a CPU without AVX-512 multiplies sooner."""
+    return device == "cpu" and not torch.cpu._is_avx512_supported()
+
+
+@cache
+def has_bf16(device: str) -> bool:
+    """Whether a kind of device multiplies bf16 in hardware: a GPU from Ampere on, a CPU with AMX or AVX512-BF16."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

@@ -1,0 +1,217 @@
+"""Products with codes and their gradients: of kept entries alone, or of whole matrices in half the precision.
+
+Letters: B rows of a batch, D width of a source, L latents of the dictionary, S latents of one source, n some of them, K
+kept entries.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.functional import embedding_bag
+
+from train.kernels.entries import Entries
+
+
+def product(a: Tensor, b: Tensor, bf16: bool) -> Tensor:
+    """a @ b; of factors rounded to bf16, as its gradients are, or as they are."""
+    return Rounded.apply(a, b) if bf16 else a @ b
+
+
+class Rounded(Function):
+    """a @ b and its gradients, of factors in bf16, whose sums are taken in fp32 and rounded to bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        a_bf16, b_bf16 = a.bfloat16(), b.bfloat16()
+        ctx.save_for_backward(a_bf16, b_bf16)
+        return (a_bf16 @ b_bf16).to(a.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a_bf16, b_bf16 = ctx.saved_tensors
+        grad_bf16 = grad.bfloat16()
+        of_a = (grad_bf16 @ b_bf16.T).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        of_b = (a_bf16.T @ grad_bf16).to(grad.dtype) if ctx.needs_input_grad[1] else None
+        return of_a, of_b
+
+
+def sums_by_latent(entries: Entries, x_BD: Tensor, weight_K: Tensor) -> Tensor:
+    """sum over entries of latent l of weight x x[row]: [L, D]. The gradient of an encoder, and of a decoder."""
+    order_K = entries.by_latent_K
+    weights = weight_K[order_K].to(x_BD.dtype)
+    starts_L = entries.latent_starts_L
+    return embedding_bag(entries.rows_by_latent_K, x_BD, starts_L, mode="sum", per_sample_weights=weights)
+
+
+class PreActivation(Function):
+    """Pre-activations at kept entries, given their values: h = b[latent] + sum over sources of x[row] . W[latent].
+
+    `h_K` was computed without a graph; the backward pass touches the kept entries only, and never holds a dense B x L
+    gradient. Rows need no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_K: Tensor,
+        entries: Entries,
+        slices: list[tuple[slice, ...]],
+        x: list[Tensor],
+        bias_L: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:
+        ctx.entries, ctx.slices, ctx.x = entries, slices, x
+        return h_K.view_as(h_K)
+
+    @staticmethod
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
+        entries: Entries = ctx.entries
+        bias = torch.bincount(entries.latent_K, grad_K.double(), minlength=entries.latents).to(grad_K.dtype)
+        weights = []
+        for slices, x_BD in zip(ctx.slices, ctx.x, strict=True):
+            sums_LD = sums_by_latent(entries, x_BD, grad_K)
+            weights.append(torch.cat([sums_LD[one] for one in slices]) if len(slices) > 1 else sums_LD[slices[0]])
+        return None, None, None, None, bias, *weights
+
+
+class Whole(Function):
+    """Pre-activations as a matrix, given their values, with the gradients of b + sum over sources of x . W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_BL: Tensor,
+        slices: list[tuple[slice, ...]],
+        x: list[Tensor],
+        bf16: bool,
+        bias_L: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:
+        ctx.slices, ctx.x, ctx.bf16 = slices, x, bf16
+        return h_BL.view_as(h_BL)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BL: Tensor) -> tuple[Tensor | None, ...]:
+        weights = []
+        for slices, x_BD in zip(ctx.slices, ctx.x, strict=True):
+            parts = [product(grad_BL[:, one].T, x_BD, ctx.bf16) for one in slices]
+            weights.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return None, None, None, None, grad_BL.sum(0), *weights
+
+
+class OfLatents(Function):
+    """What the latent of each entry has: value[latent]. Its gradient is summed without a sort."""
+
+    @staticmethod
+    def forward(ctx: Any, value_L: Tensor, latent_K: Tensor) -> Tensor:
+        ctx.save_for_backward(latent_K)
+        ctx.latents = len(value_L)
+        return value_L[latent_K]
+
+    @staticmethod
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None]:
+        (latent_K,) = ctx.saved_tensors
+        return torch.bincount(latent_K, grad_K.double(), minlength=ctx.latents).to(grad_K.dtype), None
+
+
+class Columns(Function):
+    """The codes of some latents, given their values `f_Bn`: relu(h) where it is kept, and 0.
+
+    With the gradients that PreActivation has of kept entries, by products over these latents alone; those of weights
+    may be sparse, the rows of these latents. Of every source `places` has its rows, where each of the latents stands in
+    its weights, and 1, or 0 where it has no part in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        f_Bn: Tensor,
+        latent_n: Tensor,
+        places: list[tuple[Tensor, Tensor, Tensor]],
+        sparse_gradient: bool,
+        bf16: bool,
+        bias_L: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(f_Bn, bias_L, *weights)
+        ctx.latent_n, ctx.places, ctx.sparse, ctx.bf16 = latent_n, places, sparse_gradient, bf16
+        return f_Bn.view_as(f_Bn)
+
+    @staticmethod
+    def backward(ctx: Any, grad_Bn: Tensor) -> tuple[Tensor | None, ...]:
+        f_Bn, bias_L, *weights = ctx.saved_tensors
+        grad_Bn = torch.ops.aten.threshold_backward(grad_Bn, f_Bn, 0)  # 0 where f is
+        bias = torch.zeros_like(bias_L).index_copy_(0, ctx.latent_n, grad_Bn.sum(0))
+        grads = []
+        for W_SD, (x_BD, local_n, present_n) in zip(weights, ctx.places, strict=True):
+            rows_nD = product(grad_Bn.T, x_BD, ctx.bf16) * present_n[:, None]
+            if ctx.sparse:
+                grads.append(torch.sparse_coo_tensor(local_n[None], rows_nD, W_SD.shape, check_invariants=False))
+            else:
+                grads.append(torch.zeros_like(W_SD).index_add_(0, local_n, rows_nD))
+        return None, None, None, None, None, bias, *grads
+
+
+class Decode(Function):
+    """y[row] = sum over kept entries of value x W[latent], for one source: [B, D].
+
+    `local_K` is the entry's row in W, and `present_K` is 1, or 0 where the latent does not write to this source.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value_K: Tensor,
+        W_SD: Tensor,
+        entries: Entries,
+        slices: tuple[slice, ...],
+        local_K: Tensor,
+        present_K: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(value_K, W_SD, local_K, present_K)
+        ctx.entries, ctx.slices = entries, slices
+        weights = value_K * present_K
+        return embedding_bag(local_K, W_SD, entries.row_starts_B, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
+        value_K, W_SD, local_K, present_K = ctx.saved_tensors
+        entries: Entries = ctx.entries
+        grad_BD = grad_BD.contiguous()
+        value = weight = None
+        if ctx.needs_input_grad[0]:
+            value = dots(grad_BD, W_SD, entries, local_K) * present_K
+        if ctx.needs_input_grad[1]:
+            sums_LD = sums_by_latent(entries, grad_BD, value_K)
+            weight = torch.cat([sums_LD[one] for one in ctx.slices]) if len(ctx.slices) > 1 else sums_LD[ctx.slices[0]]
+        return value, weight, None, None, None, None
+
+
+class SquaredDistance(Function):
+    """sum of |x - y|^2, a scalar: one pass over the difference each way, which is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BD: Tensor, y_BD: Tensor) -> Tensor:
+        difference_BD = y_BD - x_BD
+        ctx.save_for_backward(difference_BD)
+        flat = difference_BD.flatten()
+        return torch.dot(flat, flat)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        (difference_BD,) = ctx.saved_tensors
+        y = difference_BD * (2 * grad)
+        return (-y if ctx.needs_input_grad[0] else None), y
+
+
+def dots(a_BD: Tensor, b_SD: Tensor, entries: Entries, local_K: Tensor) -> Tensor:
+    """a[row] . b[local] per entry: the gradient of embedding_bag by its weights, which holds no K x D product.
+
+    Latent after latent, so that a row of b, which has more of them than a, is fetched once.
+    """
+    order_K, of_sum = entries.by_latent_K, 0  # among the modes of embedding_bag
+    given = (a_BD, b_SD, local_K[order_K], entries.latent_starts_L, entries.rows_by_latent_K, of_sum)
+    by_latent_K: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(*given)
+    return torch.empty_like(by_latent_K).index_copy_(0, order_K, by_latent_K)
