@@ -20,7 +20,7 @@ from train.kernels.select import above, by_latent
 from train.wiring import Wiring, size_of
 
 TINY = 1e-30  # the least decoder norm that scores are weighed by
-SAMPLE = 512  # latents by which the number of entries is told
+SAMPLE = 256  # rows, and latents, by which the number of entries is told
 AT_ONCE = 2048  # latents whose encoders are copied together on a CPU
 
 
@@ -206,15 +206,15 @@ class Pre:
     def above(self, less_L: Tensor | None = None) -> Entries | None:
         """Entries whose h is above `less` (none: 0), or None where they are so many that a matrix is faster.
 
-        How many there are is told by some of the latents. A GPU would have to be waited for: there entries are to be
+        How many there are is told by some rows and latents. A GPU would have to be waited for: there entries are to be
         asked for.
         """
         on_cpu = self.bias_L.device.type == "cpu"
         if self.kernels.codes == "dense" or (self.kernels.codes == "auto" and not on_cpu):
             return None
         score_BL = self.weighed(None, less_L)
-        some_Bn = score_BL[:, :: max(1, len(self.bias_L) // SAMPLE)]
-        passes = (~(some_Bn <= 0)).float().mean()  # so does what is not a number
+        some = score_BL[:: max(1, self.rows // SAMPLE), :: max(1, len(self.bias_L) // SAMPLE)]
+        passes = torch.count_nonzero(~(some <= 0)) / some.numel()  # so does what is not a number
         return above(score_BL, 0.0) if self.sparse(float(passes)) else None
 
     def at(self, entries: Entries, score_K: Tensor | None = None) -> Tensor:

@@ -2,7 +2,8 @@
 
 python peers.py LIBRARY METHOD K WEIGHTS.pt
 
-WEIGHTS.pt has `encoder` and `decoder`, [latents, width], and the batch `x`, [rows, width]. On every line of its input
+WEIGHTS.pt has `encoder` and `decoder`, [latents, width], the latents' `bias`, of JumpReLU their `threshold`, and the
+batch `x`, [rows, width]. On every line of its input
 it takes a step and answers with its seconds; first of all it says the mean squared error of the rows, summed over
 components. A step is what the library's own trainer does in one, with its defaults. Nothing of this project is
 imported.
@@ -28,6 +29,8 @@ def dictionary_learning(method: str, k: int, saved: dict[str, torch.Tensor]) -> 
     asked: dict[str, Any] = {
         "steps": STEPS, "activation_dim": width, "dict_size": latents, "layer": 0, "lm_name": "none", "device": "cpu",
     }  # fmt: skip
+    if method == "jumprelu":
+        return jumprelu(trainers.JumpReluTrainer(**asked, target_l0=float(k)), saved)
     if method in ("topk", "batch_topk"):
         kind = trainers.TopKTrainer if method == "topk" else trainers.BatchTopKTrainer
         trainer = kind(**asked, k=k)
@@ -38,9 +41,21 @@ def dictionary_learning(method: str, k: int, saved: dict[str, torch.Tensor]) -> 
         trainer.ae.decoder.weight.copy_(saved["decoder"].T)
         for bias in (one for one in trainer.ae.parameters() if one.ndim == 1):
             bias.zero_()
+        trainer.ae.encoder.bias.copy_(saved["bias"])
     x, count = saved["x"], iter(range(1, STEPS))  # step 0 looks for a bias to begin at
     encoded = {"use_threshold": False} if method in ("topk", "batch_topk") else {}
     return lambda: trainer.ae.decode(trainer.ae.encode(x, **encoded)), lambda: trainer.update(next(count), x)
+
+
+def jumprelu(trainer: Any, saved: dict[str, torch.Tensor]) -> Made:
+    with torch.no_grad():
+        trainer.ae.W_enc.copy_(saved["encoder"].T)
+        trainer.ae.W_dec.copy_(saved["decoder"])
+        trainer.ae.b_enc.copy_(saved["bias"])
+        trainer.ae.b_dec.zero_()
+        trainer.ae.threshold.copy_(saved["threshold"])
+    x, count = saved["x"], iter(range(1, STEPS))
+    return lambda: trainer.ae(x), lambda: trainer.update(next(count), x)
 
 
 def sparsify(method: str, k: int, saved: dict[str, torch.Tensor]) -> Made:
@@ -72,7 +87,7 @@ def sparsify(method: str, k: int, saved: dict[str, torch.Tensor]) -> Made:
 
 def sae_lens(method: str, k: int, saved: dict[str, torch.Tensor]) -> Made:
     """A step of its SAETrainer, made without the parts that need a model."""
-    from sae_lens.saes import batchtopk_sae, standard_sae, topk_sae
+    from sae_lens.saes import batchtopk_sae, jumprelu_sae, standard_sae, topk_sae
     from sae_lens.saes.sae import TrainStepInput
 
     latents, width = saved["encoder"].shape
@@ -81,11 +96,16 @@ def sae_lens(method: str, k: int, saved: dict[str, torch.Tensor]) -> Made:
         sae = topk_sae.TopKTrainingSAE(topk_sae.TopKTrainingSAEConfig(**asked, k=k))
     elif method == "batch_topk":
         sae = batchtopk_sae.BatchTopKTrainingSAE(batchtopk_sae.BatchTopKTrainingSAEConfig(**asked, k=float(k)))
+    elif method == "jumprelu":
+        sae = jumprelu_sae.JumpReLUTrainingSAE(jumprelu_sae.JumpReLUTrainingSAEConfig(**asked))
     else:
         sae = standard_sae.StandardTrainingSAE(standard_sae.StandardTrainingSAEConfig(**asked))
     with torch.no_grad():
         sae.W_enc.copy_(saved["encoder"].T)
         sae.W_dec.copy_(saved["decoder"])
+        sae.b_enc.copy_(saved["bias"])
+        if method == "jumprelu":
+            sae.log_threshold.copy_(saved["threshold"].log())
     sae.train()
     optimiser, x = torch.optim.Adam(sae.parameters(), lr=1e-4), saved["x"]
     idle, seen = torch.zeros(latents), torch.zeros(latents)

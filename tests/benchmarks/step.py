@@ -12,7 +12,8 @@ peers     steps of other libraries: --peers FOLDER, with an environment for each
 
 All ways of a case take turns in one run. A ratio is that of a round; the median of all rounds and the least and largest
 are shown. Memory is what a step takes at most beside weights, gradients and Adam's moments, over one matrix of rows by
-latents in fp32. JumpReLU begins with the threshold above which k scores a row lie.
+latents in fp32. About k latents fire on a row whatever the method is, as in the midst of a training: JumpReLU has such
+a threshold, standard (ReLU) such a bias. The dense reference is what their steps cost while many latents fire.
 """
 
 import json
@@ -49,11 +50,11 @@ AGES = 10**12  # rows since a latent fired that is dead
 Step = Callable[[], float | None]
 PEER = Path(__file__).with_name("peers.py")
 PEERS = {  # the methods that each of them has
-    "dictionary-learning": ("topk", "batch_topk", "standard"), "eai-sparsify": ("topk",),
-    "sae-lens": ("topk", "batch_topk", "standard"),
+    "dictionary-learning": ("topk", "batch_topk", "jumprelu", "standard"), "eai-sparsify": ("topk",),
+    "sae-lens": ("topk", "batch_topk", "jumprelu", "standard"),
 }  # fmt: skip
 ALIKE = 1e-4  # of errors
-SPARSE = ("topk", "batch_topk", "matryoshka")  # what kernels = "dense" changes
+SELECTS = ("topk", "batch_topk", "matryoshka")  # k latents
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Case:
         return f"{self.kind:<12}{self.method:<11}{shape:<18}k {self.k:<4}{self.dead:>5.0%} dead  {self.precision}"
 
     def trainer(self, device: str, kernels: str = "auto") -> Trainer:
-        method: dict[str, Any] = {"name": self.method, **({"k": self.k} if self.method in SPARSE else {})}
+        method: dict[str, Any] = {"name": self.method, **({"k": self.k} if self.method in SELECTS else {})}
         tables = {
             "wiring": {"kind": self.kind, "latents": self.latents, "sources": self.sources}, "method": method,
             "steps": 10**6, "batch": self.batch, "device": device, "kernels": kernels, "precision": self.precision,
@@ -121,11 +122,17 @@ def step(trainer: Trainer, x: Mapping[str, Tensor]) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def sparsify(trainer: Trainer, x: Mapping[str, Tensor], k: int) -> None:
-    """Let about k latents of a row pass the thresholds of JumpReLU."""
-    h_BL = trainer.dictionary.pre(x).h_BL
-    border = h_BL.flatten().float().kthvalue(h_BL.numel() - k * len(h_BL)).values
-    trainer.dictionary.activation.get_parameter("log_threshold_L").fill_(float(border.log()))
+def begun(case: Case, x: Mapping[str, Tensor], device: str, kernels: str = "auto") -> Trainer:
+    """A trainer on whose rows about k latents fire."""
+    trainer = case.trainer(device, kernels)
+    if case.method not in SELECTS:
+        h_BL = trainer.dictionary.pre(x).h_BL
+        border = h_BL.flatten().float().kthvalue(h_BL.numel() - case.k * len(h_BL)).values
+        if case.method == "jumprelu":
+            trainer.dictionary.activation.get_parameter("log_threshold_L").fill_(float(border.log()))
+        else:
+            trainer.dictionary.activation.bias_L.sub_(border)
+    return trainer
 
 
 @contextmanager
@@ -141,6 +148,9 @@ def other_steps(case: Case, trainer: Trainer, x: Mapping[str, Tensor], place: Pa
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "weights.pt"
         dictionary = trainer.dictionary
         saved = {"encoder": dictionary.encoder["a"], "decoder": dictionary.decoder["a"], "x": x["a"]}
+        saved["bias"] = dictionary.activation.bias_L
+        if case.method == "jumprelu":
+            saved["threshold"] = dictionary.activation.get_parameter("log_threshold_L").exp()
         torch.save({name: one.detach().clone() for name, one in saved.items()}, file)
         error = float((dictionary(x).y["a"].detach() - x["a"]).square().sum(1).mean())
         found: dict[str, Step] = {}
@@ -186,9 +196,8 @@ def timed(ways: Mapping[str, Step], rounds: int, device: torch.device) -> dict[s
 
 def memory(case: Case, device: torch.device) -> float | None:
     """What a step takes at most beside weights, gradients and moments, over one matrix of rows by latents in fp32."""
-    x, trainer = case.rows(device), case.trainer(str(device))
-    if case.method == "jumprelu":
-        sparsify(trainer, x, case.k)
+    x = case.rows(device)
+    trainer = begun(case, x, str(device))
     way = step(trainer, x)
     way()
     drop_spare()
@@ -209,12 +218,14 @@ def memory_alone(case: Case, device: torch.device) -> float | None:
 
 def measured(case: Case, device: torch.device, rounds: int, others: Path | None) -> dict[str, Any]:
     torch.manual_seed(0)
-    x, ours = case.rows(device), case.trainer(str(device))
-    trainers = {"step": ours} | ({"dense": case.trainer(str(device), "dense")} if case.method in SPARSE else {})
-    if case.method == "jumprelu":
-        sparsify(ours, x, case.k)
-    with other_steps(case, ours, x, others) as theirs:
-        ways = {"bare": bare(ours, x), **{name: step(trainer, x) for name, trainer in trainers.items()}, **theirs}
+    x = case.rows(device)
+    trainers = {"step": begun(case, x, str(device)), "dense": begun(case, x, str(device), "dense")}
+    with other_steps(case, trainers["step"], x, others) as theirs:
+        ways = {
+            "bare": bare(trainers["step"], x),
+            **{name: step(trainer, x) for name, trainer in trainers.items()},
+            **theirs,
+        }
         taken = timed(ways, rounds, device)
     told: dict[str, Any] = {**asdict(case), "bare_ms": 1e3 * statistics.median(taken["bare"])}
     for name in [*trainers, *theirs]:
@@ -224,9 +235,9 @@ def measured(case: Case, device: torch.device, rounds: int, others: Path | None)
 
 
 def line(case: Case, told: Mapping[str, Any]) -> str:
-    ours, dense = told["step"], told.get("dense")
+    ours, dense = told["step"], told["dense"]
     spread = f"{ours['ratio']:.2f} ({ours['least']:.2f} to {ours['largest']:.2f})"
-    beside = "" if dense is None else f"{dense['ratio']:.2f}, {dense['ratio'] / ours['ratio']:.1f} x"
+    beside = f"{dense['ratio']:.2f}, {dense['ratio'] / ours['ratio']:.1f} x"
     others = "".join(f"   {name} {told[name]['ratio']:.2f}" for name in PEERS if name in told)
     return f"{case.label}   bare {told['bare_ms']:>6.0f} ms   step {spread:<22}dense {beside:<14}{others}".rstrip()
 
@@ -244,7 +255,7 @@ def cases(
     found = [
         Case(kind, method, int(width), latents, int(k), batch, float(d), p) for kind, method, width, k, d, p in every
     ]
-    return [one for one in found if not one.dead or one.method in SPARSE]
+    return [one for one in found if not one.dead or one.method in SELECTS]
 
 
 def main(
