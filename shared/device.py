@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +35,42 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def alone() -> None:
+    """Torch computes on the calling thread alone in all that it does there; elsewhere as before.
+
+    Else the thread would have a team of its own, beside that of the thread that trains: OpenMP lets teams sleep between
+    two sums where they are more threads than cores, and a step on two cores takes an eighth longer.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of all that begin from now on
+    again = threading.Thread(target=torch.set_num_threads, args=(before,))
+    again.start()
+    again.join()
+
+
+@contextmanager
+def kept_pages() -> Iterator[None]:
+    """Memory that is freed stays with this process while the block lasts, and goes back to the system behind it.
+
+    The system clears every page before it gives it away: of a large matrix that takes longer than a sum of two of them.
+    Only glibc can be told so.
+    """
+    _mallopt(2**31 - 1, 2**31 - 1)
+    try:
+        yield
+    finally:
+        _mallopt(2**25, 2**26)  # the most that it would have come to by itself
+        _trim()
+
+
+def _mallopt(mmap_threshold: int, trim_threshold: int) -> None:
+    """From how many bytes on a block has pages of its own, and how many free ones are kept (malloc.h of glibc)."""
+    with suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, mmap_threshold)
+        mallopt(-1, trim_threshold)
 
 
 def free_memory(device: torch.device) -> int:

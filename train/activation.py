@@ -233,44 +233,28 @@ class JumpReLU(Activation):
         threshold_L = self.threshold_L
         entries = pre.above(threshold_L.detach() - self.bandwidth / 2)  # below, nothing has a value or a gradient
         if entries is None:
-            given = pre.dense_BL, threshold_L, self.bandwidth
-            return DenseCode(Jump.apply(*given), pre.bf16, Step.apply(*given))
-        h_K = pre.at(entries, entries.score_K)
-        given = h_K, OfLatents.apply(threshold_L, entries.latent_K), self.bandwidth
-        return SparseCode(entries, Jump.apply(*given), Step.apply(*given))
-
-
-def near(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """K((h - t) / e) / e."""
-    return ((h - threshold).abs() < bandwidth / 2) / bandwidth
+            f_BL, fires_BL = Jump.apply(pre.dense_BL, threshold_L, self.bandwidth)
+            return DenseCode(f_BL, pre.bf16, fires_BL)
+        threshold_K = OfLatents.apply(threshold_L, entries.latent_K)
+        return SparseCode(entries, *Jump.apply(pre.at(entries, entries.score_K), threshold_K, self.bandwidth))
 
 
 class Jump(Function):
-    """h x 1[h > t], of matrices [B, L] and thresholds [L], or of entries."""
+    """h x 1[h > t] and 1[h > t], of matrices [B, L] and thresholds [L], or of entries [K] and the threshold of each.
+
+    The second teaches thresholds alone: what it costs to fire.
+    """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(h, threshold)
+    def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        fires = torch.gt(h, threshold, out=torch.empty_like(h))
+        ctx.save_for_backward(h, threshold, fires)
         ctx.bandwidth = bandwidth
-        return h * (h > threshold)
+        return h * fires, fires
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, threshold = ctx.saved_tensors
-        near_t = (grad * near(h, threshold, ctx.bandwidth)).sum_to_size(threshold.shape)
-        return grad * (h > threshold), -near_t * threshold, None
-
-
-class Step(Function):
-    """1[h > t]: the price of a latent that fires teaches its threshold alone."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(h, threshold)
-        ctx.bandwidth = bandwidth
-        return (h > threshold).to(h.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, threshold = ctx.saved_tensors
-        return None, -(grad * near(h, threshold, ctx.bandwidth)).sum_to_size(threshold.shape), None
+    def backward(ctx: Any, of_jump: Tensor, of_fires: Tensor) -> tuple[Tensor | None, ...]:
+        h, threshold, fires = ctx.saved_tensors
+        near = torch.sub(h, threshold).abs_().lt_(ctx.bandwidth / 2)
+        near.mul_(torch.addcmul(of_fires, of_jump, threshold)).div_(-ctx.bandwidth)
+        return of_jump * fires, near.sum_to_size(threshold.shape), None

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from shared import layout
+from shared.device import alone
 from shared.view import View
 from train.order import Stream
 from train.reader import Reader
@@ -144,7 +145,7 @@ class Loader(Feed):
         self._asked = self._passed = self._opened = -1  # how far in the line of blocks; none yet
         self._steps = iter(steps)
         self._flying: deque[tuple[Future[Rows], Slot]] = deque()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="granary-loader")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="granary-loader", initializer=alone)
         for slot in ring(min(slots, len(steps)), self._reader, self._sources.widths if reuse else {}, batch, device):
             self._launch(slot)
 

@@ -48,6 +48,8 @@ class Ports:
 
     def own(self, of_L: Tensor, dim: int = 0) -> Tensor:
         """What a tensor over the dictionary's latents has of the source's own, in their order."""
+        if self.everywhere:
+            return of_L  # not a slice of it, whose gradient would be copied
         parts = [of_L.narrow(dim, one.start, one.stop - one.start) for one in self.slices]
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 

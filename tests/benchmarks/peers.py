@@ -105,7 +105,7 @@ def sae_lens(method: str, k: int, saved: dict[str, torch.Tensor]) -> Made:
         sae.W_dec.copy_(saved["decoder"])
         sae.b_enc.copy_(saved["bias"])
         if method == "jumprelu":
-            sae.log_threshold.copy_(saved["threshold"].log())
+            sae.threshold.copy_(saved["threshold"])
     sae.train()
     optimiser, x = torch.optim.Adam(sae.parameters(), lr=1e-4), saved["x"]
     idle, seen = torch.zeros(latents), torch.zeros(latents)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.activation import Gated, Jump, JumpReLU, Relu, Step
+from train.activation import Gated, Jump, JumpReLU, Relu
 
 
 def pre(rows: list[list[float]]) -> Any:
@@ -56,25 +56,21 @@ def test_a_threshold_lets_through_what_is_above_it() -> None:
     assert jump.threshold_L.tolist() == pytest.approx([0.5] * 4)
 
 
-def grads(function: Any, h: list[float], threshold: float, bandwidth: float) -> tuple[Tensor, Tensor]:
-    """By h and by the threshold, one row a latent."""
-    h_BL = torch.tensor([h], dtype=torch.float64, requires_grad=True)
-    threshold_L = torch.full((len(h),), threshold, dtype=torch.float64, requires_grad=True)
-    by_h, by_threshold = torch.autograd.grad(
-        function.apply(h_BL, threshold_L, bandwidth).sum(), [h_BL, threshold_L], allow_unused=True
-    )
-    return by_h, by_threshold
-
-
 @pytest.mark.parametrize("bandwidth", [0.001, 0.4])
-def test_the_gradients_of_a_threshold_are_those_of_the_paper(bandwidth: float) -> None:
-    """h in units of the bandwidth from the threshold: far below, just inside below, above, at the edge, far above."""
+@pytest.mark.parametrize("each", [False, True])
+def test_the_gradients_of_a_threshold_are_those_of_the_paper(bandwidth: float, each: bool) -> None:
+    """h in units of the bandwidth from the threshold: far below, just inside below, above, at the edge, far above.
+
+    As a row of a matrix, and as entries with the threshold of each.
+    """
     offsets = [-3.0, -0.49, 0.49, 0.51, 3.0]
-    h = [1.5 + bandwidth * one for one in offsets]
+    h = torch.tensor([1.5 + bandwidth * one for one in offsets], dtype=torch.float64, requires_grad=True)
+    threshold = torch.full((len(h),), 1.5, dtype=torch.float64, requires_grad=True)
+    jump, fires = Jump.apply(h if each else h[None], threshold, bandwidth)
     near = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
-    by_h, by_threshold = grads(Jump, h, 1.5, bandwidth)
-    assert by_h.tolist() == [[0.0, 0.0, 1.0, 1.0, 1.0]]
+    by_h, by_threshold = torch.autograd.grad(jump.sum(), [h, threshold], retain_graph=True)
+    assert by_h.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
     torch.testing.assert_close(by_threshold, -1.5 / bandwidth * near)
-    by_h, by_threshold = grads(Step, h, 1.5, bandwidth)
-    assert by_h is None
+    by_h, by_threshold = torch.autograd.grad(fires.sum(), [h, threshold])
+    assert not by_h.any()
     torch.testing.assert_close(by_threshold, -1 / bandwidth * near)
