@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class Code(ABC):
 
     Final classes: DenseCode, SparseCode, SplitCode.
     """
+
+    kind: ClassVar[str]  # in the log
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -68,6 +71,7 @@ class Code(ABC):
 class DenseCode(Code):
     """Codes as a matrix."""
 
+    kind = "matrices"
     f_BL: Tensor
     bf16: bool = False  # of products with it
     soft_BL: Tensor | None = None  # what penalties see, if that is not f
@@ -108,6 +112,7 @@ class DenseCode(Code):
 class SparseCode(Code):
     """Codes as kept entries; an entry's value may be 0, where a row has fewer than k positive pre-activations."""
 
+    kind = "entries"
     entries: Entries
     value_K: Tensor
     soft_K: Tensor | None = None  # what penalties see, if that is not f
@@ -169,6 +174,7 @@ class SplitCode(Code):
     Taken together, a latent has its code on a row where any writer keeps it.
     """
 
+    kind = "entries of each writer"
     of: Mapping[str, SparseCode]
 
     @cached_property

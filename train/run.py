@@ -188,6 +188,7 @@ class Training:
         self.ranks = parallel.world()  # that trained it until now
         self._kept = -1  # the step of the last checkpoint
         self._record: Mapping[str, Tensor] = {}  # of the last update
+        self._way = ""  # in which updates are computed, as it was last told
 
     @property
     def finished(self) -> bool:
@@ -200,7 +201,8 @@ class Training:
         self._kept = self.trainer.step if found else -1
         if parallel.rank() == 0:
             files.sweep(self.folder)
-            _cut(self.folder / report.METRICS, self.trainer.step)
+            kept = _cut(self.folder / report.METRICS, self.trainer.step)
+            self._way = next((event["way"] for event in reversed(kept) if event["event"] == "way"), "")
 
     def update(self, x: Mapping[str, Tensor], **told: Any) -> dict[str, float] | None:
         """One step on raw rows. The figures that were logged, or none. Raises TrainingError."""
@@ -214,6 +216,7 @@ class Training:
             return None
         values = finite(self._record, step)
         if logs:
+            self._way = self.trainer.tell_way(self.log, self._way)
             self.log.event("step", step=step, **values, **told)
             self.trackers.step(step, values | told)
         if saves:
@@ -249,15 +252,19 @@ class Training:
         self._kept = step
 
 
-def _cut(metrics: Path, step: int) -> None:
-    """Leave out of a log what a run that goes on from `step` will write again, and a line that was torn."""
+def _cut(metrics: Path, step: int) -> list[dict[str, Any]]:
+    """Leave out of a log what a run that goes on from `step` will write again, and a line that was torn.
+
+    Returns the events that stay.
+    """
     kept = []
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
         with suppress(ValueError):
             event = json.loads(line)
             if event["event"] not in ("measure", "stop") and event.get("step", 0) <= step:
-                kept.append(line + "\n")
-    files.write_atomic(metrics, "".join(kept).encode())
+                kept.append((line, event))
+    files.write_atomic(metrics, "".join(line + "\n" for line, _ in kept).encode())
+    return [event for _, event in kept]
 
 
 def finite(record: Mapping[str, Tensor], step: int) -> dict[str, float]:

@@ -139,12 +139,13 @@ def _require(config: TrainConfig) -> None:
 
 
 def _steps(stream: Stream, trainer: Trainer, made: Shape, log: Log, trackers: Trackers) -> None:
-    config, started = made.config, time.monotonic()
+    config, started, way = made.config, time.monotonic(), ""
     for x in bar("training", "steps", config.steps, stream.take(config.steps, made.device), log.quiet):
         record = trainer.update(x)
         if trainer.step % config.log.every == 0 or trainer.step == config.steps:
             values = run.finite(record, trainer.step)
             told = {"rows_s": trainer.step * config.batch / (time.monotonic() - started)}
+            way = trainer.tell_way(log, way)
             log.event("step", step=trainer.step, **values, **told)
             trackers.step(trainer.step, values | told)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.log import Log
 from train import parallel
 from train.code import Forward
 from train.config import TrainConfig
@@ -41,6 +42,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0, **keys)
         self.averages: list[Tensor] = []  # of the weights, from the first step on: before it they are not begun
         self.step = 0
+        self.way = ""  # in which the last update was computed
         self.idle_L = torch.zeros(dictionary.latents, dtype=torch.int64, device=dictionary.activation.bias_L.device)
 
     @property
@@ -89,8 +91,15 @@ class Trainer:
             rows = len(next(iter(x.values())))
             record = self._record(out, {"loss": loss, **values}, rows, now.dead_L)
             self.step += 1
+            self.way = f"codes are {out.code.kind}, products {'bf16' if out.pre.bf16 else 'fp32'}"
             out.pre.release()
             return {**record, "gradient": gradient.detach()}
+
+    def tell_way(self, log: Log, told: str) -> str:
+        """Say in which way updates are computed, where that is not what was told last."""
+        if self.way != told:
+            log.event("way", f"step {self.step:,}: {self.way}", step=self.step, way=self.way)
+        return self.way
 
     def _record(self, out: Forward, values: Mapping[str, Tensor], rows: int, dead_L: Tensor) -> dict[str, Tensor]:
         """The figures of a batch, of all ranks' rows together; and the idle counts, which need them, too."""

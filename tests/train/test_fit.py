@@ -140,7 +140,7 @@ def test_a_store_given_by_a_relative_path_is_named_absolutely(
 
 def test_metrics_are_lines_of_json_at_the_asked_steps_and_the_last(run: Run) -> None:
     lines = events(run.folder)
-    assert [line["event"] for line in lines] == ["start", "step", "step", "step", "measure"]
+    assert [line["event"] for line in lines] == ["start", "way", "step", "step", "step", "measure"]
     steps = [line for line in lines if line["event"] == "step"]
     assert [line["step"] for line in steps] == [5, 10, 12]
     for line in steps:
