@@ -14,7 +14,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from tests.benchmarks import device, harvest, loader, memory, put, step, sweep
+from tests.benchmarks import device, harvest, loader, memory, put, step, sweep, whole
 from train.code import DenseCode, SparseCode
 
 
@@ -78,6 +78,17 @@ def test_runs_at_once_are_compared_with_their_steps_alone(
     monkeypatch.chdir(tmp_path)
     told = said(sweep.main, ["64", "32", "2"], monkeypatch, capfd)
     assert "8 runs of 64 latents" in told and re.search(r"limit 0\.909: (holds|MISSED)\n$", told)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_compared_with_its_steps_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = said(whole.main, ["topk", "64", "64", "40"], monkeypatch, capfd)
+    assert len(re.findall(r"\nrun +[\d,]+ rows/s   step +[\d,]+ rows/s   ratio", "\n" + told)) == 7
+    assert re.search(r"limit 0\.9: (holds|MISSED)\n$", told)
     assert not list(tmp_path.iterdir())
 
 

@@ -9,8 +9,8 @@ import torch
 Codes = Literal["auto", "sparse", "dense"]
 Precision = Literal["auto", "fp32", "bf16"]
 # The share of entries up to which kept ones are faster than whole matrices: tests/benchmarks/LOG.md.
-SPARSE = {"cpu": 0.1, "cuda": 0.02}
-# Multiplications of a product from which bf16 is worth its casts, there too.
+SPARSE = {"cpu": 0.07, "cuda": 0.02}
+# Multiplications of a product from which bf16 saves a sixth of a step, there too.
 LARGE = 2**28
 
 
