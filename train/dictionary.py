@@ -220,7 +220,7 @@ class Dictionary(nn.Module):
         return {name: code.write(self.decoder[name], self.writes[name]) + base[name] for name in self.decoder}
 
     def encode(self, x: Mapping[str, Tensor]) -> Tensor:
-        """The codes f_BL of raw rows {reader: [B, D]}. Those of sparse methods have no gradient to the rows."""
+        """The codes f_BL of raw rows {reader: [B, D]}. Those that are kept have a gradient to rows that ask for one."""
         return self.code(x).dense()
 
     def code(self, x: Mapping[str, Tensor]) -> Code:

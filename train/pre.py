@@ -15,7 +15,7 @@ from torch.nn.functional import embedding
 from train.kernels import choice
 from train.kernels.choice import Kernels
 from train.kernels.entries import Entries, borrowed, hand_back
-from train.kernels.products import Columns, PreActivation, Whole, product
+from train.kernels.products import Columns, Place, PreActivation, Whole, product
 from train.kernels.select import above, by_latent
 from train.wiring import Wiring, size_of
 
@@ -137,7 +137,7 @@ class Pre:
         with torch.no_grad():
             known = self.scores()
             h_BL = known.h(known.score_BL.to(self.bias_L.dtype))
-        return Whole.apply(h_BL, *self._given(), self.bf16, self.bias_L, *self._encoders())
+        return Whole.apply(h_BL, self._places(), self.bf16, self.bias_L, *self._given())
 
     @cached_property
     def h_BL(self) -> Tensor:
@@ -196,13 +196,14 @@ class Pre:
         for name in ("h_BL", "dense_BL"):
             self.__dict__.pop(name, None)
 
-    def _encoders(self) -> list[Tensor]:
-        return [self.weights[source] for source in self.wiring.readers]
+    def _places(self) -> list[Place]:
+        """Of every source, where its latents stand."""
+        ports = [self.ports[source] for source in self.wiring.readers]
+        return [(one.slices, one.local_L, one.present_L) for one in ports]
 
-    def _given(self) -> tuple[list[tuple[slice, ...]], list[Tensor]]:
-        """The latents of every source, and its rows."""
-        sources = self.wiring.readers
-        return [self.ports[source].slices for source in sources], [self.x[source] for source in sources]
+    def _given(self) -> list[Tensor]:
+        """The rows of every source, then its weights."""
+        return [table[source] for table in (self.x, self.weights) for source in self.wiring.readers]
 
     @torch.no_grad()
     def above(self, less_L: Tensor | None = None) -> Entries | None:
@@ -225,7 +226,7 @@ class Pre:
             known = self.scores()
             score_K = known.score_BL[entries.row_K, entries.latent_K] if score_K is None else score_K
             h_K = known.h(score_K.to(self.bias_L.dtype), entries.latent_K)
-        return PreActivation.apply(h_K, entries, *self._given(), self.bias_L, *self._encoders())
+        return PreActivation.apply(h_K, entries, self._places(), self.bias_L, *self._given())
 
     @torch.no_grad()
     def columns(self, latents: Tensor) -> Tensor:

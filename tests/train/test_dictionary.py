@@ -17,6 +17,7 @@ from tests import cases
 from tests.cases import CASES
 from tests.train.dense import Dense, full, kept, places
 from train.dictionary import Dictionary, create, relative_norms
+from train.kernels.choice import Kernels
 from train.scale import Scale
 from train.wiring import build, default_decoder_norm
 
@@ -351,6 +352,29 @@ def test_rows_may_be_arrays() -> None:
 
 def test_a_dictionary_tells_what_it_is() -> None:
     assert "topk; 48 latents: only_a 10, shared 28, only_b 10" in repr(dictionary("dedicated", "topk"))
+
+
+@pytest.mark.parametrize("codes", ["sparse", "dense"])
+@pytest.mark.parametrize("name", cases.names())
+@every_case
+def test_codes_and_rows_have_the_gradient_to_the_rows_that_a_difference_tells(case: str, name: str, codes: Any) -> None:
+    """For attribution. Gradients stay where codes do; a step of 1e-6 in fp64 lets no latent in."""
+    made = dictionary(case, name).double().eval()
+    made.kernels = Kernels(codes)
+    x = {source: x_BD.double().requires_grad_() for source, x_BD in cases.random_rows(case, ROWS).items()}
+    generator = torch.Generator().manual_seed(1)
+    ways = {source: torch.randn(x_BD.shape, generator=generator, dtype=torch.float64) for source, x_BD in x.items()}
+
+    def told(along: float) -> Tensor:
+        """A sum of codes, and of rows that are written."""
+        moved = {source: x_BD + along * ways[source] for source, x_BD in x.items()}
+        weight_L = torch.linspace(-1, 2, made.latents, dtype=torch.float64)
+        return made.encode(moved).matmul(weight_L).sum() + sum(y_BD.sin().sum() for y_BD in made(moved).y.values())
+
+    slopes = torch.autograd.grad(told(0.0), list(x.values()), allow_unused=True)  # of what is not read there is none
+    slope = sum(float((d * ways[name]).sum()) for name, d in zip(x, slopes, strict=True) if d is not None)
+    difference = float(told(1e-6).detach() - told(-1e-6).detach()) / 2e-6
+    assert slope == pytest.approx(difference, rel=1e-6) and slope != 0
 
 
 def far_away(case: str, name: str, norm: str) -> tuple[Dictionary, dict[str, Tensor]]:

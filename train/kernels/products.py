@@ -45,60 +45,58 @@ def sums_by_latent(entries: Entries, x_BD: Tensor, weight_K: Tensor) -> Tensor:
     return embedding_bag(entries.rows_by_latent_K, x_BD, starts_L, mode="sum", per_sample_weights=weights)
 
 
+Place = tuple[tuple[slice, ...], Tensor, Tensor]  # of a source: its latents; of each where it stands, and 1 or 0
+
+
 class PreActivation(Function):
     """Pre-activations at kept entries, given their values: h = b[latent] + sum over sources of x[row] . W[latent].
 
     `h_K` was computed without a graph; the backward pass touches the kept entries only, and never holds a dense B x L
-    gradient. Rows need no gradient.
+    gradient. `given` are the rows of every source, then its weights.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        h_K: Tensor,
-        entries: Entries,
-        slices: list[tuple[slice, ...]],
-        x: list[Tensor],
-        bias_L: Tensor,
-        *weights: Tensor,
-    ) -> Tensor:
-        ctx.entries, ctx.slices, ctx.x = entries, slices, x
+    def forward(ctx: Any, h_K: Tensor, entries: Entries, places: list[Place], bias_L: Tensor, *given: Tensor) -> Tensor:
+        ctx.entries, ctx.places = entries, places
+        ctx.save_for_backward(*given)
         return h_K.view_as(h_K)
 
     @staticmethod
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
-        entries: Entries = ctx.entries
+        entries, places, asked = ctx.entries, ctx.places, ctx.needs_input_grad[4:]
+        x, weights = ctx.saved_tensors[: len(places)], ctx.saved_tensors[len(places) :]
         bias = torch.bincount(entries.latent_K, grad_K.double(), minlength=entries.latents).to(grad_K.dtype)
-        weights = []
-        for slices, x_BD in zip(ctx.slices, ctx.x, strict=True):
+        of_x, of_weights = [], []
+        for (slices, local_L, present_L), x_BD, W_SD, rows in zip(places, x, weights, asked, strict=False):
+            value_K = grad_K * present_L[entries.latent_K].to(grad_K.dtype) if rows else None
+            local_K = local_L[entries.latent_K]
+            of_x.append(None if value_K is None else sums_by_row(entries, W_SD, local_K, value_K))
             sums_LD = sums_by_latent(entries, x_BD, grad_K)
-            weights.append(torch.cat([sums_LD[one] for one in slices]) if len(slices) > 1 else sums_LD[slices[0]])
-        return None, None, None, None, bias, *weights
+            of_weights.append(torch.cat([sums_LD[one] for one in slices]) if len(slices) > 1 else sums_LD[slices[0]])
+        return None, None, None, bias, *of_x, *of_weights
 
 
 class Whole(Function):
-    """Pre-activations as a matrix, given their values, with the gradients of b + sum over sources of x . W."""
+    """Pre-activations as a matrix, given their values, with the gradients of b + sum over sources of x . W.
+
+    `given` are the rows of every source, then its weights.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        h_BL: Tensor,
-        slices: list[tuple[slice, ...]],
-        x: list[Tensor],
-        bf16: bool,
-        bias_L: Tensor,
-        *weights: Tensor,
-    ) -> Tensor:
-        ctx.slices, ctx.x, ctx.bf16 = slices, x, bf16
+    def forward(ctx: Any, h_BL: Tensor, places: list[Place], bf16: bool, bias_L: Tensor, *given: Tensor) -> Tensor:
+        ctx.places, ctx.bf16 = places, bf16
+        ctx.save_for_backward(*given)
         return h_BL.view_as(h_BL)
 
     @staticmethod
     def backward(ctx: Any, grad_BL: Tensor) -> tuple[Tensor | None, ...]:
-        weights = []
-        for slices, x_BD in zip(ctx.slices, ctx.x, strict=True):
-            parts = [product(grad_BL[:, one].T, x_BD, ctx.bf16) for one in slices]
-            weights.append(torch.cat(parts) if len(parts) > 1 else parts[0])
-        return None, None, None, None, grad_BL.sum(0), *weights
+        asked, of_x, of_weights = ctx.needs_input_grad[4:], [], []
+        x, weights = ctx.saved_tensors[: len(ctx.places)], ctx.saved_tensors[len(ctx.places) :]
+        for (slices, _, _), x_BD, W_SD, rows in zip(ctx.places, x, weights, asked, strict=False):
+            own_BS = torch.cat([grad_BL[:, one] for one in slices], 1) if len(slices) > 1 else grad_BL[:, slices[0]]
+            of_x.append(product(own_BS, W_SD, ctx.bf16) if rows else None)
+            of_weights.append(product(own_BS.T, x_BD, ctx.bf16))
+        return None, None, None, grad_BL.sum(0), *of_x, *of_weights
 
 
 class OfLatents(Function):
@@ -114,6 +112,11 @@ class OfLatents(Function):
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None]:
         (latent_K,) = ctx.saved_tensors
         return torch.bincount(latent_K, grad_K.double(), minlength=ctx.latents).to(grad_K.dtype), None
+
+
+def sums_by_row(entries: Entries, W_SD: Tensor, local_K: Tensor, weight_K: Tensor) -> Tensor:
+    """sum over entries of a row of weight x W[local]: [B, D]."""
+    return embedding_bag(local_K, W_SD, entries.row_starts_B, mode="sum", per_sample_weights=weight_K)
 
 
 class Columns(Function):
@@ -172,8 +175,7 @@ class Decode(Function):
     ) -> Tensor:
         ctx.save_for_backward(value_K, W_SD, local_K, present_K)
         ctx.entries, ctx.slices = entries, slices
-        weights = value_K * present_K
-        return embedding_bag(local_K, W_SD, entries.row_starts_B, mode="sum", per_sample_weights=weights)
+        return sums_by_row(entries, W_SD, local_K, value_K * present_K)
 
     @staticmethod
     def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
