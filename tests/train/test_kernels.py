@@ -15,7 +15,7 @@ from train.code import SparseCode
 from train.kernels.choice import Kernels, has_bf16
 from train.kernels.entries import Entries
 from train.kernels.products import Decode, SquaredDistance, product, sums_by_latent
-from train.kernels.select import above, top_of_batch, top_per_row
+from train.kernels.select import APART, above, top_of_batch, top_per_row
 from train.pre import Ports
 
 
@@ -61,14 +61,13 @@ def largest_places(score_N: Tensor, count: int) -> list[int]:
 
 
 def test_a_bound_that_a_sample_misses_is_guessed_again_and_in_the_end_done_without() -> None:
-    """Of 16 groups of 1,088 each, the largest scores stand where the sample looks, or nowhere that it looks."""
+    """The largest scores stand where the sample looks, or nowhere that it looks: groups are a multiple of its step."""
     for sampled in (True, False):
-        score_N = matrix(1, 17 * 64 * 16, 0)[0]
-        group = torch.arange(len(score_N)) % (17 * 64)
-        score_N = torch.where((group % 17 == 0) == sampled, score_N + 100, score_N)
+        score_N = matrix(1, APART * 64 * 16, 0)[0]
+        score_N = torch.where((torch.arange(len(score_N)) % APART == 0) == sampled, score_N + 100, score_N)
         for count in (40, 900, 1100):
             entries = top_of_batch(score_N.view(64, -1), count)
-            assert (entries.row_K * 272 + entries.latent_K).tolist() == largest_places(score_N, count)
+            assert (entries.row_K * APART * 16 + entries.latent_K).tolist() == largest_places(score_N, count)
 
 
 @pytest.mark.parametrize("by_latent", [False, True])
