@@ -177,7 +177,8 @@ class Dictionary(nn.Module):
     def pre(self, x: Mapping[str, Tensor]) -> Pre:
         """The pre-activations of raw rows {reader: [B, D]}. Raises RowsError where they do not fit."""
         scaled = {name: self.scale.scaled(name, self._rows(name, x)) for name in self.wiring.readers}
-        return Pre(self.wiring, scaled, dict(self.encoder.items()), self.reads, self.activation.bias_L, self.kernels)
+        kernels = self.kernels if self.training else self.kernels.exact()
+        return Pre(self.wiring, scaled, dict(self.encoder.items()), self.reads, self.activation.bias_L, kernels)
 
     def _rows(self, source: str, x: Mapping[str, Tensor]) -> Tensor:
         """The rows of a source; those of a difference are made of its two sources where they are not given."""

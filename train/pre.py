@@ -142,7 +142,7 @@ class Pre:
     @cached_property
     def h_BL(self) -> Tensor:
         """h_BL without a graph."""
-        return self.weighed()
+        return self.weighed().to(self.bias_L.dtype)
 
     def weighed(self, norm_L: Tensor | None = None, less_L: Tensor | None = None) -> Tensor:
         """(h - less) x norm, [B, L], without a graph: the one dense product that a sparse method needs.

@@ -123,7 +123,6 @@ class Trainer:
     def trained(self) -> Dictionary:
         """The dictionary in evaluation mode, its weights averaged where averages are kept. Ends the training."""
         drop_spare()
-        self.dictionary.kernels = Kernels()
         for average, weights in zip(self.averages, self.parameters, strict=False):
             weights.copy_(average)
         if self.averages and self.config.wiring.decoder == "unit":

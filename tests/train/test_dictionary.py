@@ -354,6 +354,21 @@ def test_a_dictionary_tells_what_it_is() -> None:
     assert "topk; 48 latents: only_a 10, shared 28, only_b 10" in repr(dictionary("dedicated", "topk"))
 
 
+@pytest.mark.parametrize("norm", ["sum", "decoupled"])
+def test_products_are_rounded_while_it_trains_and_never_when_it_is_looked_at(norm: str) -> None:
+    made, x = dictionary("dedicated", "topk", norm), cases.random_rows("dedicated", ROWS)
+    exact = made.eval().encode(x)
+    made.kernels = Kernels(precision="bf16")
+    assert torch.equal(made.encode(x), exact) and not made.pre(x).bf16
+    pre = made.train().pre(x)
+    assert pre.bf16 and pre.weighed().dtype == torch.bfloat16 and pre.h_BL.dtype == torch.float32
+    rounded = made.encode(x)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    torch.testing.assert_close(
+        rounded[(rounded > 0) & (exact > 0)], exact[(rounded > 0) & (exact > 0)], rtol=0.05, atol=0.3
+    )
+
+
 @pytest.mark.parametrize("codes", ["sparse", "dense"])
 @pytest.mark.parametrize("name", cases.names())
 @every_case

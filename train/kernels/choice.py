@@ -21,6 +21,10 @@ class Kernels:
     codes: Codes = "auto"
     precision: Precision = "fp32"
 
+    def exact(self) -> "Kernels":
+        """These without rounding: for evaluation."""
+        return Kernels(self.codes)
+
     def sparse(self, device: torch.device, share: float) -> bool:
         """Whether codes of which this share is kept go by their entries."""
         return share <= SPARSE.get(device.type, 0.0) if self.codes == "auto" else self.codes == "sparse"
