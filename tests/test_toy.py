@@ -205,6 +205,7 @@ def test_with_half_as_many_latents_as_concepts_a_dedicated_crosscoder_finds_more
 FEW = ("runs.latents=[64]", "runs.denser=[2.0]", "runs.seeds=[0, 1]", "toy.concepts=128", "toy.width=32")
 
 
+@pytest.mark.slow
 def test_runs_become_a_table_and_a_picture_and_finished_ones_are_not_run_again(tmp_path: Path) -> None:
     moment = ("train.steps=12", "train.batch=64", "train.method.k_anneal=2", "train.log.measure_rows=64")
     first = said(tmp_path, *FEW, *moment)

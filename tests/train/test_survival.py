@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from shared.errors import CheckpointError
@@ -52,6 +53,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in names}
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     store = make_store(tmp_path / "pair.zarr", rows=2000, sources={"a": 24, "b": 16}, documents=40).path
     assert Store.open(store).rows == 2000
