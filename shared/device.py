@@ -50,29 +50,6 @@ def alone() -> None:
     again.join()
 
 
-@contextmanager
-def kept_pages() -> Iterator[None]:
-    """Memory that is freed stays with this process while the block lasts, and goes back to the system behind it.
-
-    The system clears every page before it gives it away: of a large matrix that takes longer than a sum of two of them.
-    Only glibc can be told so.
-    """
-    _mallopt(2**31 - 1, 2**31 - 1)
-    try:
-        yield
-    finally:
-        _mallopt(2**25, 2**26)  # the most that it would have come to by itself
-        _trim()
-
-
-def _mallopt(mmap_threshold: int, trim_threshold: int) -> None:
-    """From how many bytes on a block has pages of its own, and how many free ones are kept (malloc.h of glibc)."""
-    with suppress(AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, mmap_threshold)
-        mallopt(-1, trim_threshold)
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still take there.
 

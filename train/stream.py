@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shared import files
-from shared.device import kept_pages, memory_minded, torch_threads
+from shared.device import memory_minded, torch_threads
 from shared.errors import ConfigError, GranaryError, RowsError, TrainingError
 from shared.log import Log, bar
 from train import measure, parallel, plan, prepare, report, run
@@ -94,7 +94,6 @@ def train(rows: Iterator[Rows], config: TrainConfig, folder: str | Path | None, 
     run.begin_without_store(path, stream.widths)
     with ExitStack() as stack:
         stack.enter_context(torch_threads(config.threads))
-        stack.enter_context(kept_pages())
         log = stack.enter_context(Log(path / report.METRICS, quiet))
         stack.enter_context(memory_minded("while it was trained"))
         log.event("start", f"training {made.name} in {path}: {config.steps:,} steps of {config.batch:,} rows")

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from shared import files
-from shared.device import kept_pages, memory_minded, torch_threads
+from shared.device import memory_minded, torch_threads
 from shared.errors import DivergenceError, GranaryError, Stopped, deferred_stop
 from shared.log import Log, bar
 from shared.view import View
@@ -159,7 +159,6 @@ def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> N
     store, scales = store.through(first.read.access), dict[str, Scale]()
     with ExitStack() as stack:
         stack.enter_context(torch_threads(first.threads))
-        stack.enter_context(kept_pages())
         console = stack.enter_context(Log(quiet=quiet))
         for one in members:
             with one.minded(), memory_minded("before the first step"):

@@ -1,5 +1,3 @@
-import platform
-import resource
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from shared.device import Outward, alone, device_of, free_in_groups, free_memory, kept_pages, sent, torch_threads
+from shared.device import Outward, alone, device_of, free_in_groups, free_memory, sent, torch_threads
 from shared.errors import ConfigError
 from tests.device import every_device
 
@@ -46,24 +44,6 @@ def test_torch_computes_alone_in_a_thread_that_asks_for_it_and_in_no_other() -> 
         torch.set_num_threads(2)
         assert told(alone) == 1
         assert torch.get_num_threads() == told() == 2
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other C library is told so")
-def test_pages_stay_while_the_block_lasts_and_are_given_back_behind_it() -> None:
-    """A tensor of 64 MiB is made and freed over and over: its pages are given by the system each time, or seldom."""
-
-    def given() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(16):
-            torch.ones(2**24)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    resident = psutil.Process().memory_info().rss
-    with kept_pages():
-        few = given()
-        assert psutil.Process().memory_info().rss > resident + 2**25
-    assert psutil.Process().memory_info().rss < resident + 2**25
-    assert given() > 3 * few
 
 
 @every_device
