@@ -15,7 +15,7 @@ from torch.nn.functional import embedding
 from train.kernels import choice
 from train.kernels.choice import Kernels
 from train.kernels.entries import Entries, borrowed, hand_back
-from train.kernels.products import Columns, Place, PreActivation, Whole, product
+from train.kernels.products import Columns, Place, PreActivation, Whole, of_source, product
 from train.kernels.select import above, by_latent
 from train.wiring import Wiring, size_of
 
@@ -50,8 +50,7 @@ class Ports:
         """What a tensor over the dictionary's latents has of the source's own, in their order."""
         if self.everywhere:
             return of_L  # not a slice of it, whose gradient would be copied
-        parts = [of_L.narrow(dim, one.start, one.stop - one.start) for one in self.slices]
-        return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+        return of_source(of_L, self.slices, dim)
 
     def rows(self, W_SD: Tensor, latents: Tensor, sparse_gradient: bool = False) -> Tensor:
         """The rows of the source's own matrix that some latents have, [n, D]; 0 where it has no part in one."""

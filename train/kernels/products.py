@@ -37,6 +37,12 @@ class Rounded(Function):
         return of_a, of_b
 
 
+def of_source(of_L: Tensor, slices: tuple[slice, ...], dim: int = 0) -> Tensor:
+    """What a tensor over the dictionary's latents has of a source's own, in their order."""
+    parts = [of_L.narrow(dim, one.start, one.stop - one.start) for one in slices]
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
 def sums_by_latent(entries: Entries, x_BD: Tensor, weight_K: Tensor) -> Tensor:
     """sum over entries of latent l of weight x x[row]: [L, D]. The gradient of an encoder, and of a decoder."""
     order_K = entries.by_latent_K
@@ -65,14 +71,15 @@ class PreActivation(Function):
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
         entries, places, asked = ctx.entries, ctx.places, ctx.needs_input_grad[4:]
         x, weights = ctx.saved_tensors[: len(places)], ctx.saved_tensors[len(places) :]
-        bias = torch.bincount(entries.latent_K, grad_K.double(), minlength=entries.latents).to(grad_K.dtype)
-        of_x, of_weights = [], []
+        bias = totals(entries.latent_K, grad_K, entries.latents)
+        of_x: list[Tensor | None] = []
+        of_weights = []
         for (slices, local_L, present_L), x_BD, W_SD, rows in zip(places, x, weights, asked, strict=False):
-            value_K = grad_K * present_L[entries.latent_K].to(grad_K.dtype) if rows else None
-            local_K = local_L[entries.latent_K]
-            of_x.append(None if value_K is None else sums_by_row(entries, W_SD, local_K, value_K))
-            sums_LD = sums_by_latent(entries, x_BD, grad_K)
-            of_weights.append(torch.cat([sums_LD[one] for one in slices]) if len(slices) > 1 else sums_LD[slices[0]])
+            of_x.append(None)
+            if rows:
+                value_K = grad_K * present_L[entries.latent_K].to(grad_K.dtype)
+                of_x[-1] = sums_by_row(entries, W_SD, local_L[entries.latent_K], value_K)
+            of_weights.append(of_source(sums_by_latent(entries, x_BD, grad_K), slices))
         return None, None, None, bias, *of_x, *of_weights
 
 
@@ -93,7 +100,7 @@ class Whole(Function):
         asked, of_x, of_weights = ctx.needs_input_grad[4:], [], []
         x, weights = ctx.saved_tensors[: len(ctx.places)], ctx.saved_tensors[len(ctx.places) :]
         for (slices, _, _), x_BD, W_SD, rows in zip(ctx.places, x, weights, asked, strict=False):
-            own_BS = torch.cat([grad_BL[:, one] for one in slices], 1) if len(slices) > 1 else grad_BL[:, slices[0]]
+            own_BS = of_source(grad_BL, slices, 1)
             of_x.append(product(own_BS, W_SD, ctx.bf16) if rows else None)
             of_weights.append(product(own_BS.T, x_BD, ctx.bf16))
         return None, None, None, grad_BL.sum(0), *of_x, *of_weights
@@ -111,7 +118,12 @@ class OfLatents(Function):
     @staticmethod
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None]:
         (latent_K,) = ctx.saved_tensors
-        return torch.bincount(latent_K, grad_K.double(), minlength=ctx.latents).to(grad_K.dtype), None
+        return totals(latent_K, grad_K, ctx.latents), None
+
+
+def totals(latent_K: Tensor, value_K: Tensor, latents: int) -> Tensor:
+    """The sum of the values of every latent's entries, in fp64: [L]."""
+    return torch.bincount(latent_K, value_K.double(), minlength=latents).to(value_K.dtype)
 
 
 def sums_by_row(entries: Entries, W_SD: Tensor, local_K: Tensor, weight_K: Tensor) -> Tensor:
@@ -186,8 +198,7 @@ class Decode(Function):
         if ctx.needs_input_grad[0]:
             value = dots(grad_BD, W_SD, entries, local_K) * present_K
         if ctx.needs_input_grad[1]:
-            sums_LD = sums_by_latent(entries, grad_BD, value_K)
-            weight = torch.cat([sums_LD[one] for one in ctx.slices]) if len(ctx.slices) > 1 else sums_LD[ctx.slices[0]]
+            weight = of_source(sums_by_latent(entries, grad_BD, value_K), ctx.slices)
         return value, weight, None, None, None, None
 
 
