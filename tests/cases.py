@@ -16,7 +16,7 @@ from shared.store import Store
 from tests.build import make_store
 from train import dictionary as dictionaries
 from train import method as methods
-from train import prepare
+from train import prepare, shards
 from train import wiring as wirings
 from train.config import TrainConfig
 from train.prepare import Ready
@@ -86,7 +86,7 @@ def config(case: str, name: str, steps: int, **keys: Any) -> TrainConfig:
 def trainer(case: str, name: str, steps: int = 100, seed: int = 0, **keys: Any) -> Trainer:
     """A fresh trainer on rows that need no scale."""
     asked = config(case, name, steps, **keys)
-    wires = replace(wiring(case, asked.wiring.latents), skip=asked.wiring.skip)
+    wires = shards.local(replace(wiring(case, asked.wiring.latents), skip=asked.wiring.skip))
     made, terms = dictionaries.create(wires, asked.method, Scale(wires.widths), asked.wiring.norm, steps)
     made.initialise(seed, asked.wiring.decoder_norm or default_decoder_norm(wires))
     return Trainer(made, list(terms), asked)

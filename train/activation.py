@@ -53,7 +53,7 @@ class Gated(Activation):
         if entries is None:
             return DenseCode(self._size(pre.dense_BL, *given), pre.bf16, relu(pre.dense_BL))
         h_K = pre.at(entries, entries.score_K)
-        return SparseCode(entries, self._size(h_K, *(OfLatents.apply(v, entries.latent_K) for v in given)), relu(h_K))
+        return SparseCode(entries, self._size(h_K, *(OfLatents.apply(v, entries) for v in given)), relu(h_K))
 
     def _size(self, h: Tensor, factor: Tensor, bias: Tensor, magnitude: Tensor) -> Tensor:
         return (h > 0) * relu(factor * (h - bias) + magnitude)
@@ -97,15 +97,20 @@ class Budgets(nn.Module):
     def select(self, score_BL: Tensor, counts: Sequence[int], pick: Callable[[Tensor, int], Entries]) -> Entries:
         """pick(scores of a group, how many of a row) for every group, as entries of the whole."""
         if len(counts) == 1:
-            return pick(score_BL, min(counts[0], score_BL.shape[1]))
+            return pick(score_BL, min(counts[0], _latents(score_BL.shape[1])))
         found = []
         for number, (count, score) in enumerate(zip(counts, self.parts(score_BL), strict=True)):
             latents = self.get_buffer(f"latents_{number}")
-            one = pick(score, min(count, len(latents)))
+            one = pick(score, min(count, _latents(len(latents))))
             found.append((one.row_K, latents[one.latent_K]))
         row_K, latent_K = (torch.cat(parts) for parts in zip(*found, strict=True))
         order_K = torch.argsort(row_K * score_BL.shape[1] + latent_K)
         return Entries(row_K[order_K], latent_K[order_K], *score_BL.shape)
+
+
+def _latents(here: int) -> int:
+    """Of all ranks, of which each has so many."""
+    return here * parallel.latent_ranks()
 
 
 class Selecting(Activation):
@@ -135,7 +140,7 @@ class Selecting(Activation):
     def kept(self, pre: Pre, norm_L: Tensor, pick: Pick) -> Code:
         if norm_L.ndim > 1:
             return self._split(pre.h_BL, norm_L, lambda entries: relu(pre.at(entries)), pick)
-        if pre.sparse(sum(self.counts) / len(norm_L)):
+        if pre.sparse(sum(self.counts) / _latents(len(norm_L))):
             entries = pick(pre.weighed(norm_L), 0)
             return SparseCode(entries, relu(pre.at(entries, entries.score_K)))
         f_BL = relu(pre.dense_BL)
@@ -235,7 +240,7 @@ class JumpReLU(Activation):
         if entries is None:
             f_BL, fires_BL = Jump.apply(pre.dense_BL, threshold_L, self.bandwidth)
             return DenseCode(f_BL, pre.bf16, fires_BL)
-        threshold_K = OfLatents.apply(threshold_L, entries.latent_K)
+        threshold_K = OfLatents.apply(threshold_L, entries)
         return SparseCode(entries, *Jump.apply(pre.at(entries, entries.score_K), threshold_K, self.bandwidth))
 
 

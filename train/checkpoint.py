@@ -20,9 +20,13 @@ TENSORS, STATE = "state.safetensors", "state.json"
 
 
 def save(trainer: Trainer, folder: Path, identity: Mapping[str, Any], keep: int) -> Path:
-    """Write folder/step_<step>, and remove all but the last `keep`. `identity` says of which store and config."""
-    state = trainer.state_dict()
-    path = folder / f"step_{trainer.step:08d}"
+    """Write folder/step_<step>, and remove all but the last `keep`. `identity` says of which store and config.
+
+    To be called on every rank; the first one writes.
+    """
+    state, path = trainer.state_dict(), folder / f"step_{trainer.step:08d}"
+    if parallel.rank():
+        return path
     tensors = {f"{part}/{name}": value for part in PARTS for name, value in state[part].items()}
     tensors["idle_L"] = state["idle_L"]
     for index, moments in state["optimiser"]["state"].items():
@@ -31,7 +35,7 @@ def save(trainer: Trainer, folder: Path, identity: Mapping[str, Any], keep: int)
     with files.folder_atomic(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary / TENSORS)
         files.open_like_folder(temporary / TENSORS)
-        told = {"step": trainer.step, "ranks": parallel.world(), "crc32c": _crc32c(temporary / TENSORS)}
+        told = {"step": trainer.step, "ranks": parallel.ranks(), "crc32c": _crc32c(temporary / TENSORS)}
         files.write_json(temporary / STATE, {**told, "groups": state["optimiser"]["param_groups"], **identity})
     for old in steps(folder)[:-keep]:
         files.remove_folder(old)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import WiringError
+from train import shards
 from train.kernels.entries import Entries
-from train.kernels.products import Decode, OfLatents, SquaredDistance, product
+from train.kernels.products import Decode, OfLatents, SquaredDistance, product, totals
 from train.pre import Ports, Pre
 
 
@@ -34,25 +35,39 @@ class Code(ABC):
     def sparse(self) -> Tensor:
         """f_BL as a sparse matrix, coalesced, without a graph."""
 
-    @abstractmethod
     def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
         """sum over latents of f x W: what the code writes to one source, [B, D]."""
+        return shards.total(self._write(W_SD, ports))
 
-    @abstractmethod
     def write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
         """What each group of latents (`group_L` is the number of a latent's) writes to one source, [B, groups, D]."""
+        return shards.total(self._write_groups(W_SD, ports, group_L, groups))
+
+    def l1(self, weight_L: Tensor) -> Tensor:
+        """The mean over rows of sum over latents of f x weight, a scalar."""
+        return shards.total(self._l1(weight_L))
+
+    def sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None = None) -> Tensor:
+        """The sum over latents of of(f x scale) (x weight) for every row, [B]. of(0) must be 0."""
+        return shards.total(self._sums(of, scale_L, weight_L))
+
+    # These four are of the latents that this rank has.
+
+    @abstractmethod
+    def _write(self, W_SD: Tensor, ports: Ports) -> Tensor: ...
+
+    @abstractmethod
+    def _write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor: ...
+
+    @abstractmethod
+    def _l1(self, weight_L: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None) -> Tensor: ...
 
     @abstractmethod
     def fires_L(self, ports: Ports | None = None) -> Tensor:
         """How many rows of the batch each latent fires on (a code above 0), int64; with `ports` where it writes."""
-
-    @abstractmethod
-    def l1(self, weight_L: Tensor) -> Tensor:
-        """The mean over rows of sum over latents of f x weight, a scalar."""
-
-    @abstractmethod
-    def sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None = None) -> Tensor:
-        """The sum over latents of of(f x scale) (x weight) for every row, [B]. of(0) must be 0."""
 
     @property
     def soft(self) -> "Code":
@@ -86,21 +101,21 @@ class DenseCode(Code):
     def sparse(self) -> Tensor:
         return self.f_BL.detach().to_sparse().coalesce()
 
-    def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
+    def _write(self, W_SD: Tensor, ports: Ports) -> Tensor:
         return product(ports.own(self.f_BL, 1), W_SD, self.bf16)
 
-    def write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
+    def _write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
         each = (DenseCode(self.f_BL * (group_L == g), self.bf16) for g in range(groups))
-        return torch.stack([one.write(W_SD, ports) for one in each], 1)
+        return torch.stack([one._write(W_SD, ports) for one in each], 1)
 
     def fires_L(self, ports: Ports | None = None) -> Tensor:
         fires_BL = torch.gt(self.f_BL, 0, out=torch.empty_like(self.f_BL.detach(), dtype=torch.float32))
         return _present((fires_BL.new_ones(len(fires_BL)) @ fires_BL).long(), ports)  # a sum of bools takes 3 times it
 
-    def l1(self, weight_L: Tensor) -> Tensor:
+    def _l1(self, weight_L: Tensor) -> Tensor:
         return (self.f_BL @ weight_L).mean()
 
-    def sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None = None) -> Tensor:
+    def _sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None) -> Tensor:
         value_BL = of(self.f_BL * scale_L)
         return value_BL.sum(1) if weight_L is None else value_BL @ weight_L
 
@@ -130,34 +145,33 @@ class SparseCode(Code):
         size = (self.entries.rows, self.entries.latents)
         return torch.sparse_coo_tensor(places, self.value_K.detach(), size, check_invariants=False).coalesce()
 
-    def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
+    def _write(self, W_SD: Tensor, ports: Ports) -> Tensor:
         latent_K = self.entries.latent_K
         present_K = ports.present_L[latent_K].to(self.value_K.dtype)
         y_BD = Decode.apply(self.value_K, W_SD, self.entries, ports.slices, ports.local_L[latent_K], present_K)
         return y_BD
 
-    def write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
+    def _write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
         place_K = self.entries.row_K * groups + group_L[self.entries.latent_K]
         order_K = torch.argsort(place_K, stable=True)
         split = Entries(
             place_K[order_K], self.entries.latent_K[order_K], self.entries.rows * groups, self.entries.latents
         )
-        written = SparseCode(split, self.value_K[order_K]).write(W_SD, ports)
+        written = SparseCode(split, self.value_K[order_K])._write(W_SD, ports)
         return written.view(self.entries.rows, groups, W_SD.shape[1])
 
     def fires_L(self, ports: Ports | None = None) -> Tensor:
-        fires_L = torch.bincount(self.entries.latent_K, (self.value_K > 0).double(), self.entries.latents).long()
-        return _present(fires_L, ports)
+        return _present(totals(self.entries, (self.value_K > 0).double()).long(), ports)
 
-    def l1(self, weight_L: Tensor) -> Tensor:
+    def _l1(self, weight_L: Tensor) -> Tensor:
         return (self.value_K * self._of(weight_L)).sum() / self.entries.rows
 
     def _of(self, value_L: Tensor) -> Tensor:
         """What the latents of the entries have."""
-        of_K: Tensor = OfLatents.apply(value_L, self.entries.latent_K)
+        of_K: Tensor = OfLatents.apply(value_L, self.entries)
         return of_K
 
-    def sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None = None) -> Tensor:
+    def _sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None) -> Tensor:
         value_K = of(self.value_K * self._of(scale_L))
         value_K = value_K if weight_L is None else value_K * self._of(weight_L)
         return value_K.new_zeros(self.entries.rows).index_add(0, self.entries.row_K, value_K)
@@ -192,20 +206,20 @@ class SplitCode(Code):
     def sparse(self) -> Tensor:
         return self.together.sparse()
 
-    def write(self, W_SD: Tensor, ports: Ports) -> Tensor:
-        return self.of[ports.source].write(W_SD, ports)
+    def _write(self, W_SD: Tensor, ports: Ports) -> Tensor:
+        return self.of[ports.source]._write(W_SD, ports)
 
-    def write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
-        return self.of[ports.source].write_groups(W_SD, ports, group_L, groups)
+    def _write_groups(self, W_SD: Tensor, ports: Ports, group_L: Tensor, groups: int) -> Tensor:
+        return self.of[ports.source]._write_groups(W_SD, ports, group_L, groups)
 
     def fires_L(self, ports: Ports | None = None) -> Tensor:
         return (self.together if ports is None else self.of[ports.source]).fires_L(ports)
 
-    def l1(self, weight_L: Tensor) -> Tensor:
-        return torch.stack([one.l1(own_L) for one, own_L in self._each(weight_L)]).sum()
+    def _l1(self, weight_L: Tensor) -> Tensor:
+        return torch.stack([one._l1(own_L) for one, own_L in self._each(weight_L)]).sum()
 
-    def sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None = None) -> Tensor:
-        return torch.stack([one.sums(of, own_L, weight_L) for one, own_L in self._each(scale_L)]).sum(0)
+    def _sums(self, of: Callable[[Tensor], Tensor], scale_L: Tensor, weight_L: Tensor | None) -> Tensor:
+        return torch.stack([one._sums(of, own_L, weight_L) for one, own_L in self._each(scale_L)]).sum(0)
 
     def _each(self, of_L: Tensor) -> Iterator[tuple[SparseCode, Tensor]]:
         """The codes of each writer, and its own of values [writers, L], or those [L] that are for all."""

@@ -11,6 +11,7 @@ from train import method as methods
 from train.dictionary import Norm
 from train.filter import RowsConfig
 from train.kernels.choice import Codes, Precision
+from train.parallel import Over
 from train.scale import Kind
 
 
@@ -124,6 +125,7 @@ class TrainConfig(Config):
         "auto"  # of large products: fp32, bf16; auto: bf16 where the device multiplies it in hardware
     )
     device: str = "auto"  # auto: cuda where there is one
+    parallel: Over = "rows"  # what ranks (torchrun) share: rows of a batch, or latents, of which each then has a part
     threads: int | None = Field(None, ge=1)  # of torch on the CPU; none: torch's own choice
 
     @field_validator("method", mode="before")

@@ -20,6 +20,7 @@ from shared import files
 from shared.device import device_of
 from shared.errors import CheckpointError, RowsError
 from train import method as methods
+from train import shards
 from train.code import Activation, Code, Forward
 from train.kernels.choice import Kernels
 from train.pre import Ports, Pre
@@ -97,9 +98,10 @@ class Dictionary(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         for name in self.wiring.widths:
-            for weights in [table[name] for table in (self.decoder, self.encoder) if name in table]:
-                random = torch.randn(weights.shape, generator=generator)
-                weights.copy_(random * (decoder_norm / torch.linalg.vector_norm(random, dim=1, keepdim=True)))
+            for table, weights in [("decoder", self.decoder), ("encoder", self.encoder)]:
+                if name in weights:
+                    random = shards.random(self.wiring, f"{table}.{name}", generator)
+                    weights[name].copy_(random * (decoder_norm / torch.linalg.vector_norm(random, dim=1, keepdim=True)))
             if tied and name in self.decoder and name in self.encoder and self._same_latents(name):
                 self.encoder[name].copy_(self.decoder[name])
         for span in self._tied():
@@ -109,10 +111,8 @@ class Dictionary(nn.Module):
                     own = self._own(self.reads[name], span)
                     self.encoder[name][own] = self.decoder[name][own]
         for name in self.encoder:
-            readers = torch.cat(
-                [torch.full((s.size,), float(len(s.readers))) for s in self.wiring.spans if name in s.readers]
-            )
-            self.encoder[name].div_(readers[:, None].to(self.encoder[name].device))
+            readers = [torch.full((s.size,), float(len(s.readers))) for s in self.wiring.spans if name in s.readers]
+            self.encoder[name].div_(torch.cat(readers)[:, None].to(self.encoder[name].device))
         return self
 
     @torch.no_grad()

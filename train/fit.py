@@ -69,10 +69,11 @@ def fit(
         )
     opened = open_mixture(store)
     parallel.first(lambda: run.require_free(folder))
-    [ready] = prepare.ready(opened, [asked])
-    plan.require_memory(ready)
-    path = parallel.first(lambda: _claimed(folder, opened, ready))
-    return _alone(opened, Member(path, ready), quiet)
+    with parallel.over(asked.parallel):
+        [ready] = prepare.ready(opened, [asked])
+        plan.require_memory(ready)
+        path = parallel.first(lambda: _claimed(folder, opened, ready))
+        return _alone(opened, Member(path, ready), quiet)
 
 
 def sweep(
@@ -91,7 +92,23 @@ def sweep(
     parallel.first(lambda: run.require_free(folder))
     configs_asked = [one.config for one in asked]
     devices = None if gpus is None else spread.devices(gpus, configs_asked)
-    ready = prepare.ready(opened, configs_asked)
+    with parallel.over(_over(configs_asked)):
+        return _swept(opened, asked, folder, quiet, memory, devices)
+
+
+def _over(asked: Sequence[TrainConfig]) -> parallel.Over:
+    """What the ranks share in all of these runs. Raises ConfigError where they differ."""
+    found = list(dict.fromkeys(one.parallel for one in asked))
+    if len(found) > 1:
+        raise ConfigError("runs of a sweep differ in what ranks share", ", ".join(found), "Give all one parallel")
+    return found[0]
+
+
+def _swept(
+    opened: View, asked: Sequence[Asked], folder: str | Path | None, quiet: bool, memory: int | None,
+    devices: Sequence[str] | None,
+) -> Sweep:  # fmt: skip
+    ready = prepare.ready(opened, [one.config for one in asked])
     # Without `memory` each GPU's process plans by what is free there.
     planned = devices is None or memory is not None
     passes = _passes(ready, [0] * len(ready), memory, quiet or devices is not None) if planned else []
@@ -116,8 +133,9 @@ def resume(folder: str | Path, store: Place | Sequence[Place] | None = None, qui
         Log(quiet=quiet).event("finished", f"{path} is finished already")
         return _result(path)
     opened = run.store_of(path, None if store is None else open_mixture(store))
-    [ready] = prepare.ready(opened, [asked])
-    return _alone(opened, Member(path, ready, goes_on=True), quiet)
+    with parallel.over(asked.parallel):
+        [ready] = prepare.ready(opened, [asked])
+        return _alone(opened, Member(path, ready, goes_on=True), quiet)
 
 
 def resume_sweep(
@@ -139,12 +157,13 @@ def resume_sweep(
     for path in left[1:]:
         run.store_of(path, opened)
     devices = None if gpus is None else spread.devices(gpus, asked)
-    ready = prepare.ready(opened, asked)
-    if devices is not None:
-        return _spread(opened, ready, left, devices, folders, given[0], quiet, memory)
-    passes = _passes(ready, [run.kept_step(path) for path in left], memory, quiet)
-    members = [Member(path, one, goes_on=True) for path, one in zip(left, ready, strict=True)]
-    return _together(opened, [[members[n] for n in one] for one in passes], folders, given[0], quiet)
+    with parallel.over(_over(asked)):
+        ready = prepare.ready(opened, asked)
+        if devices is not None:
+            return _spread(opened, ready, left, devices, folders, given[0], quiet, memory)
+        passes = _passes(ready, [run.kept_step(path) for path in left], memory, quiet)
+        members = [Member(path, one, goes_on=True) for path, one in zip(left, ready, strict=True)]
+        return _together(opened, [[members[n] for n in one] for one in passes], folders, given[0], quiet)
 
 
 def _spread(

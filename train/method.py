@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 import train.methods
 from shared import config
 from shared.errors import ConfigError, WiringError
+from train import parallel
 from train.code import Activation
 from train.objective import AuxForm, AuxK, Entropy, Ghost, Power, PowerForm, ReconForm, Reconstruction, Term
 from train.schedule import Schedule, constant, ramp
@@ -115,7 +116,7 @@ class TopKConfig(MethodConfig, ABC):
     def k_at(self, wiring: Wiring) -> Schedule:
         """k over steps. Raises WiringError where it is larger than the latents that compete for it."""
         start = self.k if self.k_start is None else self.k_start
-        latents = sum(span.size for span in wiring.spans if span.k is None)
+        latents = sum(span.size for span in wiring.spans if span.k is None) * parallel.latent_ranks()
         if latents and max(self.k, start) > latents:
             value = f"{max(self.k, start)} > {latents}"
             raise WiringError("k is larger than the latents", value, "Lower method.k (method.k_start) or add latents")

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from train import parallel
+from shared.device import Later
+from train import parallel, shards
 from train.code import DenseCode, Forward, SparseCode
 from train.kernels.entries import Entries
 from train.kernels.products import SquaredDistance, product
-from train.kernels.select import largest, top_per_row
+from train.kernels.select import kept_per_row, top_per_row
 from train.pre import Pre
 from train.schedule import Schedule
 
@@ -31,20 +32,34 @@ ReconForm = Literal["squared", "norm"]
 RECENT = 10  # batches over which a penalty's size is carried from one power to the next (Karvonen et al. 2024)
 
 
-@dataclass(frozen=True)
 class Now:
-    """The state of training that terms may look at."""
+    """The state of training that terms may look at.
 
-    step: int
-    dead_L: Tensor  # bool: latents that have not fired for `dead_rows` rows
-    apart: bool = False  # terms that are `apart` go backward by themselves, behind the others
+    dead_L  latents that have not fired for `dead_rows` rows, bool
+    apart   whether terms that are `apart` go backward by themselves, behind the others
+    """
+
+    def __init__(self, step: int, dead_L: Tensor, apart: bool = False) -> None:
+        self.step, self.dead_L, self.apart = step, dead_L, apart
+        here = dead_L.sum()
+        self._counts = Later(torch.stack([here, *parallel.summed_over_latents([here])]))
+
+    @property
+    def deads(self) -> int:
+        """How many latents are dead, of all ranks."""
+        return int(self._counts.read()[1])
+
+    @cached_property
+    def dead(self) -> Tensor:
+        """Those of this rank, in order. (torch.nonzero would wait for the device to tell how many they are.)"""
+        return torch.argsort(self.dead_L.int(), descending=True, stable=True)[: int(self._counts.read()[0])]
 
 
 class Term(nn.Module, ABC):
     """One addend of the loss: weight(step) x value. A final class per formula.
 
-    One that is `apart` shares no graph with the others. Where it goes backward behind them, its gradients may be
-    sparse.
+    One that is `apart` shares no graph with the others. Where it goes backward behind them, it may add to the gradients
+    that they have left, and who calls it leaves it out where it is not finite.
     """
 
     apart = False
@@ -120,7 +135,7 @@ class Power(Term):
         if not ahead:
             return
         coming = self.power(ahead[0])
-        pair = [self._value(out, one) / parallel.world() for one in (p, coming)]
+        pair = [self._value(out, one) / parallel.row_ranks() for one in (p, coming)]
         self.recent_P2[self.seen % RECENT] = torch.stack(parallel.summed(pair))
         self.seen += 1
         if ahead[0] == now.step + 1:
@@ -181,25 +196,24 @@ class AuxK(Term):
         self.k_aux, self.form = k_aux, form
 
     def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
-        dead = torch.nonzero(now.dead_L).flatten()
         first = next(iter(out.y.values()))
-        if not len(dead):
+        if not now.deads:
             return first.new_zeros(())
+        dead = now.dead
         error = {source: (out.target[source] - y_BD).detach() for source, y_BD in out.y.items()}
         pre = out.pre if self.form == "input" else _of_error(out.pre, error)
-        h_Bn, k = pre.columns(dead), min(self.k_aux, len(dead))
-        if pre.sparse(k / len(dead)):
+        h_Bn, k = pre.columns(dead), min(self.k_aux, now.deads)
+        if pre.sparse(k / now.deads):
             top = top_per_row(h_Bn, k)
             entries = Entries(top.row_K, dead[top.latent_K], len(first), len(now.dead_L))
             code = SparseCode(entries, relu(pre.at(entries)))
             guess = {source: code.write(dictionary.decoder[source], dictionary.writes[source]) for source in error}
         else:  # so many of the dead that a product over them alone is faster
-            value_Bk, latent_Bk = largest(h_Bn, k)
-            kept_Bn = torch.zeros_like(h_Bn).scatter_(1, latent_Bk, relu(value_Bk))
-            f_Bn = pre.graph_of(kept_Bn, dead, now.apart)
+            f_Bn = pre.graph_of(relu(kept_per_row(h_Bn, k)), dead, now.apart)
             dead_nD = {s: dictionary.writes[s].rows(dictionary.decoder[s], dead, now.apart) for s in error}
-            guess = {source: product(f_Bn, W_nD, pre.bf16) for source, W_nD in dead_nD.items()}
-        return _finite_or_none(squared_error(error, guess))
+            guess = {source: shards.total(product(f_Bn, W_nD, pre.bf16)) for source, W_nD in dead_nD.items()}
+        value = squared_error(error, guess)
+        return value if now.apart else _finite_or_none(value)
 
 
 def _of_error(pre: Pre, error: dict[str, Tensor]) -> Pre:
@@ -218,7 +232,7 @@ class Ghost(Term):
 
     def forward(self, dictionary: Dictionary, out: Forward, now: Now) -> Tensor:
         first = next(iter(out.y.values()))
-        if not now.dead_L.any():
+        if not now.deads:
             return first.new_zeros(())
         ghost_BL = torch.where(now.dead_L, out.pre.dense_BL, -torch.inf).exp()
         code = DenseCode(ghost_BL, out.pre.bf16)
@@ -261,5 +275,5 @@ def _power(value: Tensor, p: float) -> Tensor:
 
 def _finite_or_none(value: Tensor) -> Tensor:
     """The value, or (on all ranks) a 0 without a gradient where it is not finite."""
-    # Not torch.where: behind it the gradient would be 0 x inf = NaN. It waits for the device, as finding the dead did.
+    # Not torch.where: behind it the gradient would be 0 x inf = NaN. This waits for the device.
     return value if parallel.least(torch.isfinite(value).float()) else torch.zeros_like(value)

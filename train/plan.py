@@ -68,7 +68,7 @@ def trial(run: Ready) -> Cost:
     with torch_threads(run.config.threads), peak_memory(run.device) as peak:
         trainer = prepare.initialised(run, Scale(run.wiring.widths))
         taken = [_timed(trainer, x) for _ in range(TRIAL)]
-        state = _bytes(trainer.state_dict())
+        state = _bytes(trainer.own_state())
         most = peak()
     weights = _bytes(trainer.dictionary.state_dict())
     more = None if most is None else max(most - state, 0)
@@ -78,7 +78,8 @@ def trial(run: Ready) -> Cost:
 def disk_bytes(run: Ready, cost: Cost) -> int:
     """Of a run's checkpoints, and of its dictionary. One more is written before the oldest goes."""
     log = run.config.log
-    return min(log.keep + 1, -(-run.config.steps // log.checkpoint)) * cost.state_bytes + cost.weights_bytes
+    kept = min(log.keep + 1, -(-run.config.steps // log.checkpoint))
+    return (kept * cost.state_bytes + cost.weights_bytes) * parallel.latent_ranks()
 
 
 def _timed(trainer: Trainer, x: Mapping[str, torch.Tensor]) -> float:
@@ -101,7 +102,7 @@ def require_memory(run: Shape) -> None:
     numbers = sum(span.size * widths[name] for span in spans for name in (*span.readers, *span.writers))
     if run.wiring.skip:
         numbers += sum(widths[r] * widths[w] for r in run.wiring.readers for w in run.wiring.writers)
-    least, free = (ADAM + 1) * FLOAT * numbers, free_memory(run.device)
+    least, free = (ADAM + 1) * FLOAT * numbers // parallel.latent_ranks(), free_memory(run.device)
     if least > free:
         value = f"{gb(least)} of {gb(free)} on {run.device}"
         raise ConfigError("the run does not fit into memory", value, "Lower wiring.latents, or use a larger device")

@@ -10,12 +10,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from train.kernels import choice
 from train.kernels.choice import Kernels
 from train.kernels.entries import Entries, borrowed, hand_back
-from train.kernels.products import Columns, Place, PreActivation, Whole, of_source, product
+from train.kernels.products import Columns, Place, PreActivation, Rows, Whole, of_source, product
 from train.kernels.select import above, by_latent
 from train.wiring import Wiring, size_of
 
@@ -52,9 +51,10 @@ class Ports:
             return of_L  # not a slice of it, whose gradient would be copied
         return of_source(of_L, self.slices, dim)
 
-    def rows(self, W_SD: Tensor, latents: Tensor, sparse_gradient: bool = False) -> Tensor:
+    def rows(self, W_SD: Tensor, latents: Tensor, in_place: bool = False) -> Tensor:
         """The rows of the source's own matrix that some latents have, [n, D]; 0 where it has no part in one."""
-        return embedding(self.local_L[latents], W_SD, sparse=sparse_gradient) * self.present_L[latents, None]
+        rows_nD: Tensor = Rows.apply(W_SD, self.local_L[latents], self.present_L[latents], in_place)
+        return rows_nD
 
     def spread(self, of_S: Tensor) -> Tensor:
         """The other way round: what each latent of the source has, over the dictionary's latents; 0 for all others."""
@@ -241,10 +241,10 @@ class Pre:
             h_Bn = h_Bn + product(self.x[source], self.ports[source].rows(W_SD, latents).T, self.bf16)
         return h_Bn
 
-    def graph_of(self, f_Bn: Tensor, latents: Tensor, sparse_gradient: bool = False) -> Tensor:
+    def graph_of(self, f_Bn: Tensor, latents: Tensor, in_place: bool = False) -> Tensor:
         """The codes of some latents, relu(h) where they are kept, with a graph."""
         places = [(self.x[s], self.ports[s].local_L[latents], self.ports[s].present_L[latents]) for s in self.weights]
-        return Columns.apply(f_Bn, latents, places, sparse_gradient, self.bf16, self.bias_L, *self.weights.values())
+        return Columns.apply(f_Bn, latents, places, in_place, self.bf16, self.bias_L, *self.weights.values())
 
 
 def _weighed(parts: Sequence[Tensor], norm_L: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from shared import layout
 from shared.device import device_of
 from shared.errors import ConfigError
 from shared.view import View
-from train import dictionary, measure, parallel, reader, scale, trackers, wiring
+from train import dictionary, measure, parallel, reader, scale, shards, trackers, wiring
 from train.config import TrainConfig, WiringConfig
 from train.filter import Kept, kept_rows, require_rows
 from train.order import Order, default_window_blocks
@@ -90,7 +90,7 @@ def shape(asked: TrainConfig, widths: Mapping[str, int]) -> Shape:
         raise ConfigError("the method's schedule is longer than the run", value, "Raise steps, or shorten the schedule")
     with torch.device("meta"):  # without the memory
         given = (asked.method, Scale(wires.widths), asked.wiring.norm, asked.steps)
-        dictionary.create(wires, *given)  # refuses before the store is read, as does the next line
+        dictionary.create(shards.local(wires), *given)  # refuses before the store is read, as do the next lines
     if asked.method.weighs_codes() and asked.wiring.norm == "none" and asked.wiring.decoder == "free":
         way_out = "Set wiring.decoder to unit, or another wiring.norm"
         raise ConfigError("codes would shrink out of their penalty while decoders grow", "wiring.norm none", way_out)
@@ -100,6 +100,9 @@ def shape(asked: TrainConfig, widths: Mapping[str, int]) -> Shape:
     if asked.wiring.decoder == "unit" and asked.wiring.decoder_norm is not None:
         raise ConfigError("decoders of length 1 have no other", "wiring.decoder_norm", "Leave one of the two out")
     parallel.share(asked.batch)  # refuses one that the ranks cannot share
+    if asked.resample.steps and parallel.latent_ranks() > 1:
+        way_out = "Leave out resample.steps, or set parallel to rows"
+        raise ConfigError("latents that ranks share are not resampled", "parallel latents", way_out)
     return Shape(asked, wires, device_of(asked.device))
 
 
@@ -183,6 +186,6 @@ def blank(made: Shape, scaled: Scale | None = None) -> Trainer:
     asked = made.config
     scaled = scaled or Scale(made.wiring.widths)
     built, terms = dictionary.create(
-        made.wiring, asked.method, scaled, asked.wiring.norm, asked.steps, asked.wiring.alpha
+        shards.local(made.wiring), asked.method, scaled, asked.wiring.norm, asked.steps, asked.wiring.alpha
     )
     return Trainer(built.to(made.device), list(terms), asked)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shared import config as configs
@@ -185,7 +186,7 @@ class Training:
         self.store = store
         told = config.model_dump(mode="json", exclude={"read"})  # which changes no bit of what comes out
         self._identity = {"store": store.header.id, "seals": store.seals, "config": told}
-        self.ranks = parallel.world()  # that trained it until now
+        self.ranks = parallel.ranks()  # that trained it until now
         self._kept = -1  # the step of the last checkpoint
         self._record: Mapping[str, Tensor] = {}  # of the last update
         self._way = ""  # in which updates are computed, as it was last told
@@ -245,9 +246,10 @@ class Training:
             raise TrainingError("the store has changed under this run", self.store.place, way_out)
         if self._record:
             finite(self._record, step)
-        if not all(bool(weights.isfinite().all()) for weights in self.trainer.parameters):
+        finite_P = torch.stack([weights.isfinite().all() for weights in self.trainer.parameters])
+        if not parallel.least(finite_P.float()).all():
             raise DivergenceError("the weights are not finite", f"after step {step}", "Lower optimiser.lr")
-        if parallel.rank() == 0:
+        if parallel.rank() == 0 or parallel.latent_ranks() > 1:  # each then has a part of the state
             checkpoint.save(self.trainer, self.folder / CHECKPOINTS, self._identity, self.config.log.keep)
         self._kept = step
 

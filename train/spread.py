@@ -28,7 +28,7 @@ def devices(gpus: Sequence[int], asked: Sequence[TrainConfig]) -> list[str]:
     """
     if elsewhere := [one.device for one in asked if one.device not in ("auto", "cuda")]:
         raise ConfigError("--gpus says where runs are trained", f"device {elsewhere[0]}", "Leave one of the two out")
-    if parallel.world() > 1:
+    if parallel.ranks() > 1:
         raise ConfigError("--gpus starts processes of its own", "torchrun", "Leave one of the two out")
     count = torch.cuda.device_count()
     wanted = list(gpus) or list(range(count))

@@ -124,8 +124,8 @@ def _run(stream: Stream, made: Shape, path: Path, log: Log, trackers: Trackers) 
 
 def _require(config: TrainConfig) -> None:
     """Raises ConfigError for what takes a store."""
-    if parallel.world() > 1:
-        raise ConfigError("ranks share no iterator", f"{parallel.world()} ranks", "Train on one")
+    if parallel.ranks() > 1:
+        raise ConfigError("ranks share no iterator", f"{parallel.ranks()} ranks", "Train on one")
     if config.scale != NONE:
         way_out = 'Scale them, and set scale = {kind = "none", centre = false}'
         value = f"scale.kind {config.scale.kind}, centre {config.scale.centre}"

@@ -62,7 +62,7 @@ class Member:
         log, step, order = self.training.log, self.training.trainer.step, self.ready.order
         if self._goes_on:
             told = f"going on with {self.folder} at step {step:,} of {self.config.steps:,}"
-            before, ranks = self.training.ranks, parallel.world()
+            before, ranks = self.training.ranks, parallel.ranks()
             if before != ranks:
                 told += (
                     f" on {ranks} ranks, before on {before}: the sums of a batch round in another order from here on"
@@ -103,7 +103,7 @@ class Member:
             self._failed(error)
         except GranaryError as error:
             self._failed(error)
-            if parallel.world() > 1:
+            if parallel.ranks() > 1:
                 raise
 
     def _failed(self, error: GranaryError) -> None:
@@ -127,6 +127,12 @@ class Member:
     def stopped(self) -> None:
         if self._training is not None:
             self._training.log.event("stop", step=self._training.trainer.step)
+
+    def ends(self) -> None:
+        """Its training is over, and the dictionary is there; without moments, where ranks gave their parts of it."""
+        self.trained = self.training.trainer.trained()
+        if parallel.latent_ranks() > 1:
+            self.training.trainer.release()
 
     def finish(self, figures: Mapping[str, Any]) -> None:
         """Write down the figures, and report."""
@@ -176,7 +182,10 @@ def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> N
                     _steps(store, running, where, quiet)
             whole = [one for one in members if one.error is None]
             with memory_minded("while it was measured"):
-                parallel.first(lambda: _finish(store, whole, quiet))
+                for one in whole:
+                    one.ends()
+                with parallel.over("rows"):  # of which one rank then measures all
+                    parallel.first(lambda: _finish(store, whole, quiet))
         except (Stopped, KeyboardInterrupt):
             reached = max((one.training.trainer.step for one in members if one.error is None), default=0)
             for one in members:
@@ -210,7 +219,7 @@ def _steps(store: View, running: list[Member], where: resident.Where, quiet: boo
     ready, done = running[0].ready, running[0].training.trainer.step
     assert all(one.training.trainer.step == done for one in running)
     steps, started = range(done, max(one.config.steps for one in running)), time.monotonic()
-    batch, ranks, stops = parallel.share(ready.config.batch), (parallel.rank(), parallel.world()), False
+    batch, ranks, stops = parallel.share(ready.config.batch), (parallel.row_rank(), parallel.row_ranks()), False
     with (
         resident.feed(where, store, _sources(running), ready.order, batch, steps, ready.device, *ranks) as loader,
         deferred_stop() as stopping,
@@ -218,7 +227,7 @@ def _steps(store: View, running: list[Member], where: resident.Where, quiet: boo
     ):
         for rows in loader:
             seconds = time.monotonic() - started
-            speed = {"rows_s": loader.rows_served * parallel.world() / seconds, "waited_s": loader.waited_s}
+            speed = {"rows_s": loader.rows_served * parallel.row_ranks() / seconds, "waited_s": loader.waited_s}
             for one in running:
                 one.update(rows.x, **speed)
             progress.set_postfix(_shown(running, speed["rows_s"], loader.waited_s / seconds), refresh=False)
@@ -230,7 +239,7 @@ def _steps(store: View, running: list[Member], where: resident.Where, quiet: boo
                     one.keep()
             if stops or not running:
                 break
-    if stops and parallel.world() > 1:  # the signal may have come to another rank
+    if stops and parallel.ranks() > 1:  # the signal may have come to another rank
         raise Stopped(128 + signal.SIGTERM)
 
 
@@ -238,13 +247,13 @@ def _finish(store: View, members: Sequence[Member], quiet: bool) -> None:
     """Save and measure, those that read the same rows at once."""
     alike: dict[int, list[Member]] = {}
     for one in members:
-        made = one.training.trainer.trained()
+        made = one.trained
         if one.config.method.calibrates():
             calibrate(made, store, np.flatnonzero(one.ready.order.kept_N), quiet)
         made.save(one.folder / "dictionary")
         alike.setdefault(one.config.log.measure_rows, []).append(one)
     for most, some in alike.items():
-        trained = [one.training.trainer.dictionary for one in some]
+        trained = [one.trained for one in some]
         for one, figures in zip(
             some, measure.measure_all(trained, store, most, some[0].config.rows, quiet), strict=True
         ):

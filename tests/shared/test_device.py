@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from shared.device import Outward, alone, device_of, free_in_groups, free_memory, sent, torch_threads
+from shared.device import Later, Outward, alone, device_of, free_in_groups, free_memory, sent, torch_threads
 from shared.errors import ConfigError
 from tests.device import every_device
 
@@ -57,6 +57,14 @@ def test_what_goes_to_a_device_and_comes_back_is_the_same(device: torch.device) 
         value, empty = wait()
         assert value.device.type == empty.device.type == "cpu" and empty.numel() == 0
         assert (value == number).all()
+
+
+@every_device
+def test_numbers_of_the_device_are_those_of_when_they_were_asked_for(device: torch.device) -> None:
+    counts = torch.tensor([3, 5], device=device)
+    told, one = Later(counts * 1), Later(counts.sum())
+    counts += 1
+    assert told.read() == [3, 5] and told.read() == [3, 5] and one.read() == 8
 
 
 @every_device

@@ -114,7 +114,7 @@ def test_a_rank_that_is_gone_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) 
 
 def test_one_process_is_one_rank() -> None:
     x = torch.arange(3)
-    assert parallel.world() == 1 and parallel.rank() == 0 and parallel.share(7) == 7
+    assert parallel.ranks() == 1 and parallel.rank() == 0 and parallel.share(7) == 7
     assert parallel.summed([x])[0] is x and parallel.least(x) is x and parallel.first(lambda: 5) == 5
 
 
@@ -160,7 +160,7 @@ def trained(trainer: Trainer, case: str) -> dict[str, Any]:
     """Six updates on this rank's share of the rows: what was selected, what was told, and the state at the end."""
     kept, told = [], []
     for step in range(6):
-        size = 64 // parallel.world()
+        size = 64 // parallel.row_ranks()
         start = parallel.rank() * size
         x = {name: x_BD[start : start + size] for name, x_BD in cases.random_rows(case, 64, seed=step).items()}
         with torch.no_grad():

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tests import cases
 from tests.train.dense import Dense, full, kept, places
+from train import objective
+from train import trainer as trainers
 from train.schedule import learning_rate, ramp
 from train.trainer import Trainer
 
@@ -253,3 +255,65 @@ def test_weights_decay_and_what_0_is_no_rest_of_does_not() -> None:
         for key, value in plain.dictionary.named_parameters():
             less = rate * 0.5 * before[key] if key.startswith(("encoder", "decoder", "skip")) else 0
             torch.testing.assert_close(after[key], value - less, rtol=1e-6, atol=1e-7, msg=key)
+
+
+class Known:
+    """For a device that computes nothing: there are four dead latents, and all is finite."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.several = values.ndim > 0
+
+    def read(self) -> Any:
+        return [4, 4] if self.several else 1.0
+
+
+@pytest.mark.parametrize("codes", ["sparse", "dense"])
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka"])
+@pytest.mark.parametrize("case", ["autoencoder", "dedicated"])
+def test_an_update_asks_nothing_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, case: str, name: str, codes: str
+) -> None:
+    """On the device `meta` tensors have no values: whoever asks for one, or for how many there are, raises."""
+    for module in (objective, trainers):
+        monkeypatch.setattr(module, "Later", Known)
+    begun = cases.trainer(case, name, kernels=codes, precision="fp32")
+    begun = Trainer(begun.dictionary.to("meta"), begun.terms, begun.config)
+    monkeypatch.setattr(begun.optimiser, "step", lambda: None)  # fused Adam has no form for it
+    for _ in range(2):
+        record = begun.update({n: x_BD.to("meta") for n, x_BD in cases.random_rows(case, BATCH).items()})
+    assert all(value.device.type == "meta" for value in record.values())
+    assert begun.way.startswith({"sparse": "codes are entries", "dense": "codes are matrices"}[codes])
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        float(record["loss"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("codes", ["sparse", "dense"])
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka"])
+def test_an_update_does_not_wait_for_the_gpu(name: str, codes: str) -> None:
+    begun = cases.trainer("dedicated", name, kernels=codes, dead_rows=BATCH)
+    begun = Trainer(begun.dictionary.to("cuda"), begun.terms, begun.config)
+    x = {n: x_BD.to("cuda") for n, x_BD in cases.random_rows("dedicated", BATCH).items()}
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            record = begun.update(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert float(record["dead"]) > 0 and math.isfinite(float(record["loss"]))
+
+
+def test_auxk_that_is_not_finite_is_left_out_of_an_update() -> None:
+    wires = {"kind": "autoencoder", "latents": cases.LATENTS, "norm": "none"}
+    first, second = (
+        made("autoencoder", "topk", method=cases.method("topk", aux=aux), wiring=wires) for aux in (1.0, 0.0)
+    )
+    for trainer in (first, second):
+        trainer.idle_L[:6] = trainer.config.dead_rows
+        with torch.no_grad():  # what these write has a square that float32 does not hold; others are kept
+            trainer.dictionary.activation.bias_L[6:] = 10.0
+            trainer.dictionary.decoder["a"][:6] = 1e25
+        record = trainer.update(cases.random_rows("autoencoder", BATCH))
+        assert float(record["aux"]) == 0.0 and math.isfinite(float(record["gradient"]))
+    for one, other in zip(first.parameters, second.parameters, strict=True):
+        assert torch.equal(one, other) and torch.isfinite(one).all()

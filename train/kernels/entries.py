@@ -25,7 +25,7 @@ class Entries:
 
     @cached_property
     def row_starts_B(self) -> Tensor:
-        return _starts(self.row_K, self.rows)
+        return starts(self.row_K, self.rows)
 
     @cached_property
     def by_latent_K(self) -> Tensor:
@@ -38,12 +38,12 @@ class Entries:
 
     @cached_property
     def latent_starts_L(self) -> Tensor:
-        return _starts(self.latent_K, self.latents)
+        return starts(self.latent_K[self.by_latent_K], self.latents)
 
 
-def _starts(index_K: Tensor, length: int) -> Tensor:
-    counts = torch.bincount(index_K, minlength=length)
-    return torch.cumsum(counts, 0) - counts
+def starts(index_K: Tensor, length: int) -> Tensor:
+    """Where each number below `length` begins in an ordered index."""
+    return torch.searchsorted(index_K, torch.arange(length, device=index_K.device))
 
 
 _spare: list[Tensor] = []

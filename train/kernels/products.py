@@ -71,7 +71,7 @@ class PreActivation(Function):
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
         entries, places, asked = ctx.entries, ctx.places, ctx.needs_input_grad[4:]
         x, weights = ctx.saved_tensors[: len(places)], ctx.saved_tensors[len(places) :]
-        bias = totals(entries.latent_K, grad_K, entries.latents)
+        bias = totals(entries, grad_K)
         of_x: list[Tensor | None] = []
         of_weights = []
         for (slices, local_L, present_L), x_BD, W_SD, rows in zip(places, x, weights, asked, strict=False):
@@ -110,20 +110,21 @@ class OfLatents(Function):
     """What the latent of each entry has: value[latent]. Its gradient is summed without a sort."""
 
     @staticmethod
-    def forward(ctx: Any, value_L: Tensor, latent_K: Tensor) -> Tensor:
-        ctx.save_for_backward(latent_K)
-        ctx.latents = len(value_L)
-        return value_L[latent_K]
+    def forward(ctx: Any, value_L: Tensor, entries: Entries) -> Tensor:
+        ctx.entries = entries
+        return value_L[entries.latent_K]
 
     @staticmethod
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None]:
-        (latent_K,) = ctx.saved_tensors
-        return totals(latent_K, grad_K, ctx.latents), None
+        return totals(ctx.entries, grad_K), None
 
 
-def totals(latent_K: Tensor, value_K: Tensor, latents: int) -> Tensor:
+def totals(entries: Entries, value_K: Tensor) -> Tensor:
     """The sum of the values of every latent's entries, in fp64: [L]."""
-    return torch.bincount(latent_K, value_K.double(), minlength=latents).to(value_K.dtype)
+    if value_K.device.type == "cpu":
+        return torch.bincount(entries.latent_K, value_K.double(), minlength=entries.latents).to(value_K.dtype)
+    ones_B1 = torch.ones(entries.rows, 1, dtype=torch.float64, device=value_K.device)  # bincount waits for a GPU
+    return sums_by_latent(entries, ones_B1, value_K).flatten().to(value_K.dtype)
 
 
 def sums_by_row(entries: Entries, W_SD: Tensor, local_K: Tensor, weight_K: Tensor) -> Tensor:
@@ -131,12 +132,38 @@ def sums_by_row(entries: Entries, W_SD: Tensor, local_K: Tensor, weight_K: Tenso
     return embedding_bag(local_K, W_SD, entries.row_starts_B, mode="sum", per_sample_weights=weight_K)
 
 
+class Rows(Function):
+    """Some rows of a matrix: W[local] x present, [n, D]. With `in_place` their gradient is added to the one that W has,
+    which is then no result of the backward pass: nothing is done for all other rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, W_SD: Tensor, local_n: Tensor, present_n: Tensor, in_place: bool) -> Tensor:
+        ctx.given = W_SD, local_n, present_n, in_place
+        return W_SD[local_n] * present_n[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, grad_nD: Tensor) -> tuple[Tensor | None, None, None, None]:
+        W_SD, local_n, present_n, in_place = ctx.given
+        return _of_rows(W_SD, local_n, grad_nD * present_n[:, None], in_place), None, None, None
+
+
+def _of_rows(W_SD: Tensor, local_n: Tensor, grad_nD: Tensor, in_place: bool) -> Tensor | None:
+    """The gradient of a matrix, of which some rows have one."""
+    if not in_place:
+        return torch.zeros_like(W_SD).index_add_(0, local_n, grad_nD)
+    if W_SD.grad is None:
+        W_SD.grad = torch.zeros_like(W_SD)
+    W_SD.grad.index_add_(0, local_n, grad_nD)
+    return None
+
+
 class Columns(Function):
     """The codes of some latents, given their values `f_Bn`: relu(h) where it is kept, and 0.
 
-    With the gradients that PreActivation has of kept entries, by products over these latents alone; those of weights
-    may be sparse, the rows of these latents. Of every source `places` has its rows, where each of the latents stands in
-    its weights, and 1, or 0 where it has no part in it.
+    With the gradients that PreActivation has of kept entries, by products over these latents alone; `in_place` is that
+    of Rows. Of every source `places` has its rows, where each of the latents stands in its weights, and 1, or 0 where
+    it has no part in it.
     """
 
     @staticmethod
@@ -145,27 +172,24 @@ class Columns(Function):
         f_Bn: Tensor,
         latent_n: Tensor,
         places: list[tuple[Tensor, Tensor, Tensor]],
-        sparse_gradient: bool,
+        in_place: bool,
         bf16: bool,
         bias_L: Tensor,
         *weights: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(f_Bn, bias_L, *weights)
-        ctx.latent_n, ctx.places, ctx.sparse, ctx.bf16 = latent_n, places, sparse_gradient, bf16
+        ctx.save_for_backward(f_Bn, bias_L)
+        ctx.latent_n, ctx.places, ctx.weights, ctx.in_place, ctx.bf16 = latent_n, places, weights, in_place, bf16
         return f_Bn.view_as(f_Bn)
 
     @staticmethod
     def backward(ctx: Any, grad_Bn: Tensor) -> tuple[Tensor | None, ...]:
-        f_Bn, bias_L, *weights = ctx.saved_tensors
+        f_Bn, bias_L = ctx.saved_tensors
         grad_Bn = torch.ops.aten.threshold_backward(grad_Bn, f_Bn, 0)  # 0 where f is
         bias = torch.zeros_like(bias_L).index_copy_(0, ctx.latent_n, grad_Bn.sum(0))
         grads = []
-        for W_SD, (x_BD, local_n, present_n) in zip(weights, ctx.places, strict=True):
+        for W_SD, (x_BD, local_n, present_n) in zip(ctx.weights, ctx.places, strict=True):
             rows_nD = product(grad_Bn.T, x_BD, ctx.bf16) * present_n[:, None]
-            if ctx.sparse:
-                grads.append(torch.sparse_coo_tensor(local_n[None], rows_nD, W_SD.shape, check_invariants=False))
-            else:
-                grads.append(torch.zeros_like(W_SD).index_add_(0, local_n, rows_nD))
+            grads.append(_of_rows(W_SD, local_n, rows_nD, ctx.in_place))
         return None, None, None, None, None, bias, *grads
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from train import parallel
 from train.kernels.entries import Entries
+from train.kernels.ranked import among_best, among_best_of_row
 
 
 def by_latent(score_BL: Tensor) -> bool:
@@ -23,12 +24,19 @@ APART = 61  # of so many, one is in the sample that a bound is guessed from; not
 
 
 def top_per_row(score_BL: Tensor, k: int) -> Entries:
-    """The k largest of every row. Exactly B x k entries; among ties, any."""
+    """The k largest of every row. Exactly B x k entries; among ties, any.
+
+    Where ranks share latents, those of them that are among the k largest of all ranks' latents.
+    """
     rows, latents = score_BL.shape
-    best = largest(score_BL, k)
+    best = largest(score_BL, min(k, latents))
     latent_Bk, order_Bk = best.indices.sort(dim=1)
-    row_K = torch.arange(rows, device=score_BL.device).repeat_interleave(k)
-    return Entries(row_K, latent_Bk.flatten(), rows, latents, best.values.gather(1, order_Bk).flatten())
+    value_Bk = best.values.gather(1, order_Bk)
+    row_Bk = torch.arange(rows, device=score_BL.device)[:, None].expand_as(latent_Bk)
+    if parallel.latent_ranks() > 1:
+        kept = among_best_of_row(value_Bk, k)
+        return Entries(row_Bk[kept], latent_Bk[kept], rows, latents, value_Bk[kept])
+    return Entries(row_Bk.flatten(), latent_Bk.flatten(), rows, latents, value_Bk.flatten())
 
 
 def largest(score_BL: Tensor, k: int) -> torch.return_types.topk:
@@ -55,6 +63,15 @@ def largest(score_BL: Tensor, k: int) -> torch.return_types.topk:
     return torch.return_types.topk((values_Bk, place_BN.gather(1, which_Bk)))
 
 
+def kept_per_row(score_BL: Tensor, k: int) -> Tensor:
+    """The scores where they are among the k largest of their row, and 0: [B, L]."""
+    best = largest(score_BL, min(k, score_BL.shape[1]))
+    value_Bk = best.values
+    if parallel.latent_ranks() > 1:
+        value_Bk = torch.where(among_best_of_row(value_Bk, k), value_Bk, 0.0)
+    return torch.zeros_like(score_BL).scatter_(1, best.indices, value_Bk)
+
+
 def _group(length: int, k: int) -> int:
     """How many scores are a group; 1: do without. As measured: tests/benchmarks/LOG.md."""
     return 1 if length < 16 * k or not k else 2 ** round(math.log2(length / k) * 3 / 8)
@@ -63,15 +80,15 @@ def _group(length: int, k: int) -> int:
 def top_of_batch(score_BL: Tensor, count: int) -> Entries:
     """The `count` largest of the whole matrix. Exactly `count` entries; among ties, any.
 
-    Under torchrun those of this matrix that are among the `count` x ranks largest of all ranks' matrices together.
+    Under torchrun those of this matrix that are among the largest of all ranks' matrices together: `count` of each on
+    the mean where ranks share rows, and `count` of all where they share latents.
     """
     rows, latents = score_BL.shape
-    ranks, transposed = parallel.world(), by_latent(score_BL)
+    transposed, count = by_latent(score_BL), count * parallel.row_ranks()
     score_N = (score_BL.T if transposed else score_BL).flatten()
-    score_K, flat_K = _top_of_all(score_N, min(count * ranks, len(score_N)))
-    if ranks > 1:
-        best = score_K.sort(descending=True)
-        kept = best.indices[: _share_of_best(best.values, count * ranks)]
+    score_K, flat_K = _top_of_all(score_N, min(count, len(score_N)))
+    if parallel.ranks() > 1:
+        kept = among_best(score_K, count)
         score_K, flat_K = score_K[kept], flat_K[kept]
     return _entries(flat_K, rows, latents, transposed, score_K)
 
@@ -118,20 +135,6 @@ def _not_below(score_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if len(place_n) >= count:
             return place_n, bound
     return torch.arange(len(score_N)), torch.full((), -torch.inf)
-
-
-def _share_of_best(value_n: Tensor, count: int) -> int:
-    """How many of these values, the largest first, are among the `count` largest of all ranks' values.
-
-    Of equal ones those of the first ranks are taken.
-    """
-    every = parallel.gathered(value_n)
-    border = torch.cat(every).topk(count).values[-1]
-    larger = [int((one > border).sum()) for one in every]
-    equal = [int((one == border).sum()) for one in every]
-    rank = parallel.rank()
-    left = count - sum(larger) - sum(equal[:rank])
-    return larger[rank] + max(0, min(equal[rank], left))
 
 
 def above(score_BL: Tensor, threshold: Tensor | float) -> Entries:

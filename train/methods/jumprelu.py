@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import relu
 
-from train import parallel
+from train import parallel, shards
 from train.activation import JumpReLU
 from train.code import Forward
 from train.method import Method, MethodConfig
@@ -70,11 +70,12 @@ class Price(Term):
         if self.penalty == "l0":
             return l0
         [total] = parallel.summed([l0.detach()])
-        return ((l0 + (total / parallel.world() - l0.detach())) / self.target - 1).square()  # the mean of all ranks
+        return ((l0 + (total / parallel.row_ranks() - l0.detach())) / self.target - 1).square()  # the mean of all ranks
 
 
 class Silent(Term):
     """mean over rows of sum over latents of relu(t - h) x norm."""
 
     def forward(self, dictionary: "Dictionary", out: Forward, now: Now) -> Tensor:
-        return (relu(cast(JumpReLU, dictionary.activation).threshold_L - out.pre.dense_BL) * out.norm_L).sum(1).mean()
+        below_BL = relu(cast(JumpReLU, dictionary.activation).threshold_L - out.pre.dense_BL)
+        return shards.total((below_BL * out.norm_L).sum(1).mean())

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from shared.errors import WiringError
+from train import parallel
 from train.activation import BatchTopK
 from train.code import Forward
 from train.method import BatchTopKConfig, Method
@@ -49,12 +50,15 @@ class Config(BatchTopKConfig):
 def group_of(wiring: Wiring, shares: list[float]) -> Tensor:
     """The number of each latent's group, int64 L: borders are rounded, and the last group ends with its span.
 
-    Raises WiringError where a group has no latent.
+    Raises WiringError where a group has no latent, or not as many on every rank that shares latents.
     """
-    parts = []
+    parts, ranks = [], parallel.latent_ranks()
     for span in wiring.spans:
-        ends = [round(share * span.size) for share in accumulate(shares)][:-1]
-        parts.append(np.searchsorted(ends, np.arange(span.size), side="right"))
+        ends = np.array([round(share * span.size * ranks) for share in accumulate(shares)][:-1])
+        if (ends % ranks).any():
+            value = f"the first {ends[ends % ranks > 0][0]:,} latents of {span.name} over {ranks} ranks"
+            raise WiringError("a group of latents cannot be shared evenly", value, "Change method.groups")
+        parts.append(np.searchsorted(ends // ranks, np.arange(span.size), side="right"))
     group_L = np.concatenate(parts)
     if empty := sorted(set(range(len(shares))) - set(group_L.tolist())):
         way_out = "Add latents, or give fewer or larger method.groups"
