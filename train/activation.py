@@ -16,9 +16,9 @@ from torch.nn.functional import relu
 
 from train import parallel
 from train.code import Activation, Code, DenseCode, SparseCode, SplitCode
-from train.kernels.entries import Entries
+from train.kernels.entries import Entries, below_each_other
 from train.kernels.products import OfLatents
-from train.kernels.select import above, top_of_batch
+from train.kernels.select import above, best_of, candidates, top_of_batch
 from train.pre import Pre
 from train.schedule import Schedule
 from train.wiring import Wiring
@@ -102,10 +102,21 @@ class Budgets(nn.Module):
         for number, (count, score) in enumerate(zip(counts, self.parts(score_BL), strict=True)):
             latents = self.get_buffer(f"latents_{number}")
             one = pick(score, min(count, _latents(len(latents))))
-            found.append((one.row_K, latents[one.latent_K]))
-        row_K, latent_K = (torch.cat(parts) for parts in zip(*found, strict=True))
+            assert one.score_K is not None
+            found.append((one.row_K, latents[one.latent_K], one.score_K))
+        row_K, latent_K, score_K = (torch.cat(parts) for parts in zip(*found, strict=True))
         order_K = torch.argsort(row_K * score_BL.shape[1] + latent_K)
-        return Entries(row_K[order_K], latent_K[order_K], *score_BL.shape)
+        return Entries(row_K[order_K], latent_K[order_K], len(score_BL), score_BL.shape[1], score_K[order_K])
+
+    def best(self, entries: Entries, counts: Sequence[int]) -> Tensor:
+        """The numbers of those candidates of a batch that groups keep, so many per row on the mean, in order."""
+        if len(counts) == 1:
+            return best_of(entries, counts[0] * entries.rows)
+        group_K, found = self.group_L[entries.latent_K], []
+        for number, count in enumerate(counts):
+            own_n = torch.nonzero(group_K == number).flatten()
+            found.append(own_n[best_of(entries.some(own_n), count * entries.rows)])
+        return torch.cat(found).sort().values
 
 
 def _latents(here: int) -> int:
@@ -140,6 +151,8 @@ class Selecting(Activation):
     def kept(self, pre: Pre, norm_L: Tensor, pick: Pick) -> Code:
         if norm_L.ndim > 1:
             return self._split(pre.h_BL, norm_L, lambda entries: relu(pre.at(entries)), pick)
+        if pre.kernels.micro_batch is not None:
+            return self.kept_in_parts(pre, norm_L, pick)
         if pre.sparse(sum(self.counts) / _latents(len(norm_L))):
             entries = pick(pre.weighed(norm_L), 0)
             return SparseCode(entries, relu(pre.at(entries, entries.score_K)))
@@ -147,6 +160,21 @@ class Selecting(Activation):
         entries = pick(pre.weighed(norm_L), 0)
         f_BL = f_BL * torch.zeros_like(f_BL).index_put_((entries.row_K, entries.latent_K), f_BL.new_ones(()))
         return DenseCode(f_BL, pre.bf16)
+
+    def kept_in_parts(
+        self, pre: Pre, norm_L: Tensor, pick: Pick, best: Callable[[Entries], Tensor] | None = None
+    ) -> Code:
+        """The same, with scores of a part of the rows at once; `best` has the last word on what was picked of them."""
+        found = []
+        for part in pre.parts():
+            entries = pick(part.weighed(norm_L), 0)
+            found.append((entries, part.values(entries, entries.score_K)))
+            part.release()
+        entries, h_K = below_each_other([one for one, _ in found]), torch.cat([h_K for _, h_K in found])
+        if best is not None:
+            kept_n = best(entries)
+            entries, h_K = entries.some(kept_n), h_K[kept_n]
+        return SparseCode(entries, relu(pre.with_graph(entries, h_K)))
 
     def again(self, f_BL: Tensor, norm_L: Tensor) -> Code:
         if norm_L.ndim == 1:
@@ -199,6 +227,18 @@ class BatchTopK(Selecting):
         """Forget the mean; `threshold` is in the order of writers, then budgets."""
         self.mean.copy_(threshold.view_as(self.mean))
         self.mass.fill_(1.0)
+
+    def forward(self, pre: Pre, norm_L: Tensor) -> Code:
+        if pre.kernels.micro_batch is None:
+            return super().forward(pre, norm_L)
+        return self.kept_in_parts(
+            pre,
+            norm_L,
+            lambda score_BL, _: self.budgets.select(
+                score_BL, self.counts, lambda score, k: candidates(score, k * pre.rows)
+            ),
+            lambda entries: self.budgets.best(entries, self.counts),
+        )
 
     def pick(self, score_BL: Tensor, writer: int) -> Entries:
         if self.training:

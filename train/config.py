@@ -111,6 +111,9 @@ class TrainConfig(Config):
     method: SerializeAsAny[methods.MethodConfig]  # a table with `name` and that method's own keys
     steps: int = Field(ge=1)  # optimiser updates
     batch: int = Field(4096, ge=1)  # rows
+    micro_batch: int | None = Field(
+        None, ge=1
+    )  # rows whose scores are in memory at once; none: all. A step is the same
     seed: int = Field(0, ge=0, lt=2**63)  # of the weights; rows.seed is that of the order
     dead_rows: int = Field(10_000_000, ge=1)  # a latent is dead that has not fired for so many rows
     rows: RowsConfig = RowsConfig()

@@ -206,7 +206,8 @@ class AuxK(Term):
         if pre.sparse(k / now.deads):
             top = top_per_row(h_Bn, k)
             entries = Entries(top.row_K, dead[top.latent_K], len(first), len(now.dead_L))
-            code = SparseCode(entries, relu(pre.at(entries)))
+            assert top.score_K is not None
+            code = SparseCode(entries, relu(pre.with_graph(entries, top.score_K)))
             guess = {source: code.write(dictionary.decoder[source], dictionary.writes[source]) for source in error}
         else:  # so many of the dead that a product over them alone is faster
             f_Bn = pre.graph_of(relu(kept_per_row(h_Bn, k)), dead, now.apart)

@@ -21,6 +21,7 @@ from train.scale import Scale
 from train.trainer import Trainer
 
 SHARE = 0.9  # of the free memory that runs may take
+SHAPE = {"method", "wiring", "batch", "micro_batch", "kernels", "precision", "threads", "scale"}
 TRIAL = 3  # steps of a trial; the first is slow
 FLOAT, ADAM = 4, 3  # bytes of a number; copies of a weight between steps: itself and two moments
 
@@ -54,7 +55,7 @@ def costs(runs: Sequence[Ready]) -> list[Cost]:
 
 def _shape(run: Ready) -> str:
     """All that its cost depends on."""
-    asked = run.config.model_dump(mode="json", include={"method", "wiring", "batch", "threads", "scale"})
+    asked = run.config.model_dump(mode="json", include=SHAPE)
     return configs.canonical([asked, str(run.device), run.wiring.widths])
 
 

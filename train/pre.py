@@ -106,6 +106,14 @@ class Pre:
     def rows(self) -> int:
         return len(next(iter(self.x.values())))
 
+    def parts(self) -> "Iterator[Pre]":
+        """The pre-activations of so many rows after each other as the scores of are to be held at once."""
+        assert self.kernels.micro_batch is not None
+        alike = Kernels(self.kernels.codes, "bf16" if self.bf16 else "fp32")
+        for first in range(0, self.rows, self.kernels.micro_batch):
+            x = {name: x_BD[first : first + self.kernels.micro_batch] for name, x_BD in self.x.items()}
+            yield Pre(self.wiring, x, self.weights, self.ports, self.bias_L, alike)
+
     def sparse(self, share: float) -> bool:
         """Whether codes of which this share is kept are to be entries, and no matrix."""
         return self.kernels.sparse(self.bias_L.device, share)
@@ -221,10 +229,17 @@ class Pre:
 
     def at(self, entries: Entries, score_K: Tensor | None = None) -> Tensor:
         """h at kept entries, with a graph that reaches those entries only; of their h x norm, where that is told."""
-        with torch.no_grad():
-            known = self.scores()
-            score_K = known.score_BL[entries.row_K, entries.latent_K] if score_K is None else score_K
-            h_K = known.h(score_K.to(self.bias_L.dtype), entries.latent_K)
+        return self.with_graph(entries, self.values(entries, score_K))
+
+    @torch.no_grad()
+    def values(self, entries: Entries, score_K: Tensor | None = None) -> Tensor:
+        """The same without a graph."""
+        known = self.scores()
+        score_K = known.score_BL[entries.row_K, entries.latent_K] if score_K is None else score_K
+        return known.h(score_K.to(self.bias_L.dtype), entries.latent_K)
+
+    def with_graph(self, entries: Entries, h_K: Tensor) -> Tensor:
+        """The same, where the values are known."""
         return PreActivation.apply(h_K, entries, self._places(), self.bias_L, *self._given())
 
     @torch.no_grad()

@@ -99,11 +99,27 @@ def shape(asked: TrainConfig, widths: Mapping[str, int]) -> Shape:
         raise ConfigError("latents cannot be resampled outside of the run", value, "Change resample.steps")
     if asked.wiring.decoder == "unit" and asked.wiring.decoder_norm is not None:
         raise ConfigError("decoders of length 1 have no other", "wiring.decoder_norm", "Leave one of the two out")
+    if asked.micro_batch is not None:
+        _require_parts(asked)
     parallel.share(asked.batch)  # refuses one that the ranks cannot share
     if asked.resample.steps and parallel.latent_ranks() > 1:
         way_out = "Leave out resample.steps, or set parallel to rows"
         raise ConfigError("latents that ranks share are not resampled", "parallel latents", way_out)
     return Shape(asked, wires, device_of(asked.device))
+
+
+def _require_parts(asked: TrainConfig) -> None:
+    """Raises ConfigError where more than the scores of kept latents is in memory for all rows of a batch."""
+    why = ""
+    if "k" not in type(asked.method).model_fields:
+        why = f"{asked.method.name}, which does not keep k latents"
+    elif asked.kernels == "dense":
+        why = "kernels dense, whose codes are matrices"
+    elif asked.wiring.norm == "decoupled":
+        why = "wiring.norm decoupled"
+    if why:
+        way_out = "Leave out micro_batch; lower batch where it does not fit"
+        raise ConfigError("a batch cannot be computed in parts", why, way_out)
 
 
 def _order(

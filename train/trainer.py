@@ -29,7 +29,7 @@ class Trainer:
 
     def __init__(self, dictionary: Dictionary, terms: Sequence[Term], config: TrainConfig) -> None:
         self.dictionary, self.config = dictionary.train(), config
-        dictionary.kernels = Kernels(config.kernels, config.precision)
+        dictionary.kernels = Kernels(config.kernels, config.precision, config.micro_batch)
         self.terms = list(terms)
         self._terms = nn.ModuleDict({one.name: one for one in terms}).to(dictionary.activation.bias_L.device)
         assert len(self._terms) == len(terms), "two terms have one name"

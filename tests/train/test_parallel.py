@@ -152,8 +152,9 @@ def test_the_largest_of_all_ranks_are_selected_exactly_as_many_as_there_are_to_b
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def steps(folder: Path, case: str, name: str) -> None:
-    put(folder, trained(cases.trainer(case, name, dead_rows=300, optimiser={"lr": 1e-2, "warmup": 2}), case))
+def steps(folder: Path, case: str, name: str, micro: int | None) -> None:
+    given = {"optimiser": {"lr": 1e-2, "warmup": 2}, "micro_batch": micro}
+    put(folder, trained(cases.trainer(case, name, dead_rows=300, **given), case))
 
 
 def trained(trainer: Trainer, case: str) -> dict[str, Any]:
@@ -169,10 +170,14 @@ def trained(trainer: Trainer, case: str) -> dict[str, Any]:
     return {"kept": kept, "told": told, "state": trainer.dictionary.state_dict(), "idle": trainer.idle_L}
 
 
-@pytest.mark.parametrize("name", cases.names())
+@pytest.mark.parametrize(
+    ("name", "micro"), [*((name, None) for name in cases.names()), ("topk", 10), ("batch_topk", 10)]
+)
 @pytest.mark.parametrize("case", ["autoencoder", "dedicated of 3"])
-def test_two_ranks_select_and_learn_what_one_process_does(tmp_path: Path, case: str, name: str) -> None:
-    assert on_two(steps, tmp_path, case, name) == [0, 0]
+def test_two_ranks_select_and_learn_what_one_process_does(
+    tmp_path: Path, case: str, name: str, micro: int | None
+) -> None:
+    assert on_two(steps, tmp_path, case, name, micro) == [0, 0]
     alone = trained(cases.trainer(case, name, dead_rows=300, optimiser={"lr": 1e-2, "warmup": 2}), case)
     both = got(tmp_path)
     for step in range(6):

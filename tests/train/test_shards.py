@@ -187,6 +187,8 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {  # case
     "skip": ("transcoder", "topk", {}, {"skip": True}),
     "ghost and entropy": ("dedicated", "standard", {"ghost": 1.0, "entropy": 0.1}, {}),
     "tanh and silent": ("crosscoder", "jumprelu", {"penalty": "tanh", "silent": 0.1}, {}),
+    "in parts": ("crosscoder", "batch_topk", {}, {}),
+    "rows in parts": ("crosscoder", "topk", {}, {}),
     "norm": ("crosscoder", "p_anneal", {"form": "lp", "recon": "norm"}, {}),
 }
 
@@ -194,7 +196,8 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {  # case
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_so_it_is_with_every_term(tmp_path: Path, variant: str) -> None:
     case, name, keys, wiring = VARIANTS[variant]
-    given = {"method": cases.method(name, **keys), "wiring": {"latents": LATENTS, **wiring}}
+    given: dict[str, Any] = {"method": cases.method(name, **keys), "wiring": {"latents": LATENTS, **wiring}}
+    given |= {"micro_batch": 24} if "in parts" in variant else {}
     first, _ = on_both(tmp_path, steps, case, name, given)
     alone = trained(case, name, given)
     for one, other in zip(first["told"], alone["told"], strict=True):

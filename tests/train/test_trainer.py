@@ -13,10 +13,13 @@ from torch import Tensor
 
 from tests import cases
 from tests.train.dense import Dense, full, kept, places
-from train import objective
+from train import objective, pre
 from train import trainer as trainers
+from train.activation import Budgets
+from train.kernels.entries import borrowed
 from train.schedule import learning_rate, ramp
 from train.trainer import Trainer
+from train.wiring import with_k
 
 STEPS, BATCH = 6, 32
 every_method = pytest.mark.parametrize("name", ["standard", "topk", "batch_topk"])
@@ -317,3 +320,50 @@ def test_auxk_that_is_not_finite_is_left_out_of_an_update() -> None:
         assert float(record["aux"]) == 0.0 and math.isfinite(float(record["gradient"]))
     for one, other in zip(first.parameters, second.parameters, strict=True):
         assert torch.equal(one, other) and torch.isfinite(one).all()
+
+
+PARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # method, its keys, those of the run
+    "topk": ("topk", {"multi": 0.125}, {}),
+    "batch_topk": ("batch_topk", {}, {"wiring": {"latents": 300}, "kernels": "sparse"}),
+    "annealed": ("batch_topk", {"k_start": 8, "k_anneal": 3}, {}),
+    "matryoshka": ("matryoshka", {}, {}),
+    "bf16": ("batch_topk", {}, {"precision": "bf16"}),
+}
+
+
+def budgets(trainer: Trainer) -> None:
+    """Let a span keep latents for itself."""
+    wires = with_k(trainer.dictionary.wiring, {"only_a": 2})
+    trainer.dictionary.activation.budgets = Budgets(wires, trainer.dictionary.activation.budgets.k_at)
+    trainer.dictionary.activation._begin(2)
+    trainer.dictionary.activation.schedule(0)
+
+
+@pytest.mark.parametrize("micro", [1, 7, BATCH, 100])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_batch_in_parts_teaches_what_the_whole_does(monkeypatch: pytest.MonkeyPatch, name: str, micro: int) -> None:
+    method, keys, given = PARTS[name]
+    given = {"method": cases.method(method, **keys), "dead_rows": 2 * BATCH, "optimiser": ADAM, **given}
+    whole, parts = (cases.trainer("dedicated", method, STEPS, **given, micro_batch=one) for one in (None, micro))
+    if name == "batch_topk":
+        for trainer in (whole, parts):
+            budgets(trainer)
+    sizes: list[int] = []
+    monkeypatch.setattr(pre, "borrowed", lambda size, *of: sizes.append(size) or borrowed(size, *of))
+    for step in range(STEPS):
+        x, rounded = cases.random_rows("dedicated", BATCH, seed=step), name == "bf16"
+        with torch.no_grad():
+            one, other = (trainer.dictionary(x).code.dense() for trainer in (whole, parts))
+        assert rounded or torch.equal(one > 0, other > 0)
+        sizes.clear()
+        told = parts.update(x)
+        assert max(sizes) == min(micro, BATCH) * parts.dictionary.latents  # of the scores
+        assert parts.way.startswith("codes are entries")
+        expected = whole.update(x)
+        for key, value in {"loss": expected["loss"]}.items() if rounded else expected.items():
+            assert float(told[key]) == pytest.approx(float(value), rel=0.05 if rounded else 1e-4, abs=1e-6), key
+    assert float(told["dead"]) > 0
+    if not rounded:  # which a score near the border may turn
+        assert parts.idle_L.equal(whole.idle_L)
+        for key, value in whole.dictionary.state_dict().items():
+            torch.testing.assert_close(parts.dictionary.state_dict()[key], value, rtol=2e-5, atol=2e-5, msg=key)

@@ -20,6 +20,7 @@ class Kernels:
 
     codes: Codes = "auto"
     precision: Precision = "fp32"
+    micro_batch: int | None = None  # rows whose scores are held at once; none: all
 
     def exact(self) -> "Kernels":
         """These without rounding: for evaluation."""

@@ -3,8 +3,10 @@
 Letters: B rows of a batch, L latents of the dictionary, K kept entries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,6 +25,11 @@ class Entries:
     latents: int
     score_K: Tensor | None = None  # by which they were selected, if who did tells
 
+    def some(self, which_n: Tensor) -> "Entries":
+        """Those of these numbers, in ascending order."""
+        scores = None if self.score_K is None else self.score_K[which_n]
+        return Entries(self.row_K[which_n], self.latent_K[which_n], self.rows, self.latents, scores)
+
     @cached_property
     def row_starts_B(self) -> Tensor:
         return starts(self.row_K, self.rows)
@@ -39,6 +46,15 @@ class Entries:
     @cached_property
     def latent_starts_L(self) -> Tensor:
         return starts(self.latent_K[self.by_latent_K], self.latents)
+
+
+def below_each_other(parts: Sequence[Entries]) -> Entries:
+    """Of matrices that lie one below the other, those of the whole."""
+    firsts = list(accumulate((one.rows for one in parts), initial=0))
+    row_K = torch.cat([one.row_K + first for one, first in zip(parts, firsts, strict=False)])
+    scores = [one.score_K for one in parts if one.score_K is not None]
+    score_K = torch.cat(scores) if len(scores) == len(parts) else None
+    return Entries(row_K, torch.cat([one.latent_K for one in parts]), firsts[-1], parts[0].latents, score_K)
 
 
 def starts(index_K: Tensor, length: int) -> Tensor:

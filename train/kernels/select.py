@@ -83,14 +83,25 @@ def top_of_batch(score_BL: Tensor, count: int) -> Entries:
     Under torchrun those of this matrix that are among the largest of all ranks' matrices together: `count` of each on
     the mean where ranks share rows, and `count` of all where they share latents.
     """
+    found = candidates(score_BL, count)
+    return found if parallel.ranks() == 1 else found.some(best_of(found, count))
+
+
+def candidates(score_BL: Tensor, count: int) -> Entries:
+    """What of a part of the batch, or of this rank's matrix, may be among its `count` largest."""
     rows, latents = score_BL.shape
-    transposed, count = by_latent(score_BL), count * parallel.row_ranks()
+    transposed = by_latent(score_BL)
     score_N = (score_BL.T if transposed else score_BL).flatten()
-    score_K, flat_K = _top_of_all(score_N, min(count, len(score_N)))
-    if parallel.ranks() > 1:
-        kept = among_best(score_K, count)
-        score_K, flat_K = score_K[kept], flat_K[kept]
+    score_K, flat_K = _top_of_all(score_N, min(count * parallel.row_ranks(), len(score_N)))
     return _entries(flat_K, rows, latents, transposed, score_K)
+
+
+def best_of(entries: Entries, count: int) -> Tensor:
+    """The numbers of the candidates that are among the `count` largest of the batch (top_of_batch), in order."""
+    assert entries.score_K is not None
+    count *= parallel.row_ranks()
+    kept_n = entries.score_K.topk(min(count, len(entries.score_K)), sorted=False).indices.sort().values
+    return kept_n if parallel.ranks() == 1 else kept_n[among_best(entries.score_K[kept_n], count)]
 
 
 def _entries(flat_K: Tensor, rows: int, latents: int, transposed: bool, score_K: Tensor | None = None) -> Entries:
