@@ -13,7 +13,7 @@ from tests.train.dense import full, places, top_mask, top_mask_of_batch
 from tests.train.problem import LATENTS, ROWS, Problem, every_case, matrix, seeds, tolerance
 from train.code import SparseCode
 from train.kernels.choice import Kernels, has_bf16
-from train.kernels.entries import Entries
+from train.kernels.entries import Entries, Pieces
 from train.kernels.products import Decode, SquaredDistance, product, sums_by_latent
 from train.kernels.select import APART, above, top_of_batch, top_per_row
 from train.pre import Ports
@@ -138,6 +138,32 @@ def test_sums_by_latent_add_weighted_rows_and_are_zero_where_a_latent_has_no_ent
     x_BD = torch.tensor([[1.0, 2.0], [10.0, 20.0]])
     sums_LD = sums_by_latent(entries, x_BD, torch.tensor([1.0, 3.0, -1.0]))
     assert sums_LD.tolist() == [[3.0, 6.0], [0.0, 0.0], [-9.0, -18.0], [0.0, 0.0]]
+
+
+PIECE = 4
+
+
+@given(counts=st.lists(st.one_of(st.just(0), st.integers(0, 5 * PIECE)), min_size=1, max_size=12))
+def test_pieces_hold_every_entry_once_in_its_bag_and_in_order(counts: list[int]) -> None:
+    bags = [[n] * count for n, count in enumerate(counts)]
+    bag_K = [n for bag in bags for n in bag]
+    starts_N = torch.tensor([0, *counts]).cumsum(0)[:-1]
+    whole = Pieces.whole(starts_N, len(bag_K))
+    assert (whole.end_N - whole.begin_N).tolist() == counts and not len(whole.begin_M)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.kernels.entries.PIECE", PIECE)
+        pieces = Pieces.split(starts_N, len(bag_K))
+    places: dict[int, list[int]] = {}
+    ends = zip(pieces.begin_N.tolist(), pieces.end_N.tolist(), strict=True)
+    further = zip(pieces.begin_M.tolist(), pieces.end_M.tolist(), strict=True)
+    for bag, (begin, end) in [*enumerate(ends), *zip(pieces.bag_M.tolist(), further, strict=True)]:
+        assert begin <= end <= begin + PIECE
+        places.setdefault(bag, []).extend(range(begin, end))
+    assert not places.pop(len(counts), []), "those that are too many"
+    assert [bag_K[place] for places_of_bag in places.values() for place in places_of_bag] == bag_K
+    assert [place for bag in sorted(places) for place in places[bag]] == list(range(len(bag_K)))
+    if len(bag_K) > PIECE:
+        assert pieces.further_N.tolist() == torch.bincount(pieces.bag_M, minlength=len(counts))[: len(counts)].tolist()
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------
