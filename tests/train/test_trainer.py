@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.errors import ConfigError
 from tests import cases
 from tests.train.dense import Dense, full, kept, places
+from train.kernels import choice
 from train.schedule import learning_rate, ramp
 from train.trainer import Trainer
 
@@ -253,3 +255,13 @@ def test_weights_decay_and_what_0_is_no_rest_of_does_not() -> None:
         for key, value in plain.dictionary.named_parameters():
             less = rate * 0.5 * before[key] if key.startswith(("encoder", "decoder", "skip")) else 0
             torch.testing.assert_close(after[key], value - less, rtol=1e-6, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize("kernels", ["sparse", "dense"])
+def test_a_wrong_word_about_triton_is_told_however_codes_are_held(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(choice.TRITON, "yes")
+    choice.by_triton.cache_clear()
+    with pytest.raises(ConfigError, match="no such GRANARY_TRITON: yes"):
+        cases.trainer("autoencoder", "topk", kernels=kernels).update(cases.random_rows("autoencoder", 8))
