@@ -1,4 +1,4 @@
-"""What every test runs under: no hub, one torch thread, and property tests without a deadline.
+"""What every test runs under: no hub, one torch thread, Triton interpreted, and property tests without a deadline.
 
 Tensors of tests are so small that several threads only wait for each other. In CI the examples are the same every time.
 """
@@ -21,6 +21,8 @@ settings.register_profile("granary-ci", deadline=None, derandomize=True)
 settings.load_profile("granary-ci" if os.environ.get("CI") else "granary")
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

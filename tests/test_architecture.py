@@ -88,8 +88,9 @@ MODULES: dict[str, dict[str, str]] = {
         "wiring": "spans: which latents each source reads into and writes from",
         "parallel": "what the ranks of torchrun agree on; one process is one rank",
         "shards": "latents shared by the ranks: what each has of them",
-        "kernels.choice": "entries or matrices, fp32 or bf16: by what was measured",
         "kernels.entries": "kept entries of a matrix of codes",
+        "kernels.fused": "sums over kept entries on a GPU, in Triton",
+        "kernels.choice": "entries or matrices, fp32 or bf16: by what was measured; torch or Triton",
         "kernels.ranked": "which of the scores that ranks have selected are kept, over all of them",
         "kernels.select": "which entries are kept, without a sort of all",
         "kernels.products": "products with codes and their gradients: of kept entries, or in bf16",
@@ -133,6 +134,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch": EVERYWHERE,
     "numpy": EVERYWHERE,
     "scipy": ("train/compare.py",),
+    "triton": ("train/kernels/fused.py",),  # where it can be had
     "zarr": ("shared/store.py",),
     "numcodecs": ("shared/codec.py",),
     "google_crc32c": ("shared/layout.py", "shared/remote.py"),  # there as bytes arrive
@@ -160,9 +162,9 @@ COMPUTED_IMPORTS = ("shared/models.py", "train/method.py")  # a package with a G
 
 HEAVY = (
     "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "dask", "distributed",
-    "typer", "matplotlib", "obstore", "tensorboard", "wandb",
+    "typer", "matplotlib", "obstore", "tensorboard", "wandb", "triton",
 )  # fmt: skip
-STAGE_1_ONLY = tuple(name for name in HEAVY if name not in ("typer", "matplotlib", "obstore", "tensorboard", "wandb"))
+STAGE_1_ONLY = HEAVY[: HEAVY.index("typer")]
 
 FILE_LINES, FUNCTION_LINES, COMPLEXITY = 400, 60, 12
 Function = ast.FunctionDef | ast.AsyncFunctionDef

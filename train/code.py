@@ -26,6 +26,7 @@ class Code(ABC):
     """
 
     kind: ClassVar[str]  # in the log
+    sums_entries: ClassVar[bool] = True  # not of whole matrices
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -86,7 +87,7 @@ class Code(ABC):
 class DenseCode(Code):
     """Codes as a matrix."""
 
-    kind = "matrices"
+    kind, sums_entries = "matrices", False
     f_BL: Tensor
     bf16: bool = False  # of products with it
     soft_BL: Tensor | None = None  # what penalties see, if that is not f

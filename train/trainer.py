@@ -15,7 +15,7 @@ from train import parallel, shards
 from train.code import Forward
 from train.config import TrainConfig
 from train.dictionary import Dictionary, create
-from train.kernels.choice import Kernels
+from train.kernels.choice import Kernels, by_triton
 from train.kernels.entries import drop_spare
 from train.objective import Now, Term
 from train.schedule import learning_rate
@@ -90,7 +90,7 @@ class Trainer:
             rows = len(next(iter(x.values())))
             record = self._record(out, {"loss": loss, **values}, rows, now.dead_L)
             self.step += 1
-            self.way = f"codes are {out.code.kind}, products {'bf16' if out.pre.bf16 else 'fp32'}"
+            self.way = _way(out)
             out.pre.release()
             return {**record, "gradient": gradient.detach()}
 
@@ -211,6 +211,12 @@ class Trainer:
         self._terms.load_state_dict(state["terms"])
         self.averages = [state["averages"][str(n)].to(self.idle_L.device) for n in range(len(state["averages"]))]
         self.idle_L, self.step = state["idle_L"].to(self.idle_L.device), state["step"]
+
+
+def _way(out: Forward) -> str:
+    way = f"codes are {out.code.kind}, products {'bf16' if out.pre.bf16 else 'fp32'}"
+    triton = by_triton(out.pre.bias_L.device)  # of matrices, too: what is asked for wrongly is told
+    return f"{way}, sums by triton" if triton and out.code.sums_entries else way
 
 
 def _squared(values: Tensor) -> Tensor:

@@ -3,17 +3,24 @@
 Letters: B rows of a batch, D width of a source, L latents, S latents of one source, K kept entries.
 """
 
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import train.kernels
+from shared.errors import ConfigError
 from tests.train.dense import full, places, top_mask, top_mask_of_batch
 from tests.train.problem import LATENTS, ROWS, Problem, every_case, matrix, seeds, tolerance
 from train.code import SparseCode
+from train.kernels import choice
 from train.kernels.choice import Kernels, has_bf16
-from train.kernels.entries import Entries
+from train.kernels.entries import Entries, Pieces
 from train.kernels.products import Decode, SquaredDistance, product, sums_by_latent
 from train.kernels.select import APART, above, top_of_batch, top_per_row
 from train.pre import Ports
@@ -140,6 +147,32 @@ def test_sums_by_latent_add_weighted_rows_and_are_zero_where_a_latent_has_no_ent
     assert sums_LD.tolist() == [[3.0, 6.0], [0.0, 0.0], [-9.0, -18.0], [0.0, 0.0]]
 
 
+PIECE = 4
+
+
+@given(counts=st.lists(st.one_of(st.just(0), st.integers(0, 5 * PIECE)), min_size=1, max_size=12))
+def test_pieces_hold_every_entry_once_in_its_bag_and_in_order(counts: list[int]) -> None:
+    bags = [[n] * count for n, count in enumerate(counts)]
+    bag_K = [n for bag in bags for n in bag]
+    starts_N = torch.tensor([0, *counts]).cumsum(0)[:-1]
+    whole = Pieces.whole(starts_N, len(bag_K))
+    assert (whole.end_N - whole.begin_N).tolist() == counts and not len(whole.begin_M)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.kernels.entries.PIECE", PIECE)
+        pieces = Pieces.split(starts_N, len(bag_K))
+    places: dict[int, list[int]] = {}
+    ends = zip(pieces.begin_N.tolist(), pieces.end_N.tolist(), strict=True)
+    further = zip(pieces.begin_M.tolist(), pieces.end_M.tolist(), strict=True)
+    for bag, (begin, end) in [*enumerate(ends), *zip(pieces.bag_M.tolist(), further, strict=True)]:
+        assert begin <= end <= begin + PIECE
+        places.setdefault(bag, []).extend(range(begin, end))
+    assert not places.pop(len(counts), []), "those that are too many"
+    assert [bag_K[place] for places_of_bag in places.values() for place in places_of_bag] == bag_K
+    assert [place for bag in sorted(places) for place in places[bag]] == list(range(len(bag_K)))
+    if len(bag_K) > PIECE:
+        assert pieces.further_N.tolist() == torch.bincount(pieces.bag_M, minlength=len(counts))[: len(counts)].tolist()
+
+
 # --- values and gradients ---------------------------------------------------------------------------------------
 
 
@@ -191,6 +224,50 @@ def test_how_codes_are_held_is_a_matter_of_their_share_or_of_what_is_asked() -> 
     assert [Kernels().sparse(cpu, share) for share in (0.001, 0.05, 0.5)] == [True, True, False]
     assert [Kernels("sparse").sparse(cpu, share) for share in (0.001, 0.5)] == [True, True]
     assert [Kernels("dense").sparse(cpu, share) for share in (0.001, 0.5)] == [False, False]
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Nothing is asked of Triton, which any device runs, and what is known of it is forgotten before and after."""
+    monkeypatch.delenv(choice.TRITON, raising=False)
+    monkeypatch.setattr(train.kernels, "fused", SimpleNamespace(check=lambda device: None), raising=False)
+    choice.by_triton.cache_clear()
+    yield monkeypatch
+    choice.by_triton.cache_clear()
+
+
+def test_sums_are_by_triton_on_cuda_or_where_it_is_asked(asked: pytest.MonkeyPatch) -> None:
+    for value, wanted in (("", [False, True]), ("0", [False, False]), ("1", [True, True])):
+        asked.setenv(choice.TRITON, value)
+        choice.by_triton.cache_clear()
+        assert [choice.by_triton(device) for device in (CPU, CUDA)] == wanted
+    choice.by_triton.cache_clear()
+    asked.setenv(choice.TRITON, "yes")
+    with pytest.raises(ConfigError, match=r"^no such GRANARY_TRITON: yes\. Set it to 0"):
+        choice.by_triton(CPU)
+
+
+@pytest.mark.parametrize("absent", [True, False], ids=["not installed", "not to be run"])
+def test_where_triton_cannot_be_had_sums_are_torchs_unless_it_is_asked_for(
+    asked: pytest.MonkeyPatch, absent: bool
+) -> None:
+    def check(device: torch.device) -> None:
+        raise ImportError("RuntimeError: no C compiler\nhere.")
+
+    asked.setattr(train.kernels, "fused", SimpleNamespace(check=check))
+    if absent:
+        asked.delattr(train.kernels, "fused")
+        asked.delitem(sys.modules, "train.kernels.fused", raising=False)
+        asked.setitem(sys.modules, "triton", None)
+    assert not choice.by_triton(CUDA)
+    choice.by_triton.cache_clear()
+    asked.setenv(choice.TRITON, "1")
+    reason = "import of triton halted.*" if absent else "RuntimeError: no C compiler here"
+    with pytest.raises(ConfigError, match=rf"^no Triton on cuda: {reason}\. It needs .* to do without$"):
+        choice.by_triton(CUDA)
 
 
 def test_products_are_rounded_where_it_is_asked_or_where_a_large_one_is_faster_so() -> None:

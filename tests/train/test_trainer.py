@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.errors import ConfigError
 from tests import cases
 from tests.train.dense import Dense, full, kept, places
 from train import objective, pre
 from train import trainer as trainers
 from train.activation import Budgets
+from train.kernels import choice
 from train.kernels.entries import borrowed
 from train.schedule import learning_rate, ramp
 from train.trainer import Trainer
@@ -367,3 +369,13 @@ def test_a_batch_in_parts_teaches_what_the_whole_does(monkeypatch: pytest.Monkey
         assert parts.idle_L.equal(whole.idle_L)
         for key, value in whole.dictionary.state_dict().items():
             torch.testing.assert_close(parts.dictionary.state_dict()[key], value, rtol=2e-5, atol=2e-5, msg=key)
+
+
+@pytest.mark.parametrize("kernels", ["sparse", "dense"])
+def test_a_wrong_word_about_triton_is_told_however_codes_are_held(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(choice.TRITON, "yes")
+    choice.by_triton.cache_clear()
+    with pytest.raises(ConfigError, match="no such GRANARY_TRITON: yes"):
+        cases.trainer("autoencoder", "topk", kernels=kernels).update(cases.random_rows("autoencoder", 8))

@@ -1,10 +1,17 @@
-"""How a step is computed: kept codes as entries or matrices, products in fp32 or bf16; by what was measured."""
+"""How a step is computed: kept codes as entries or matrices, products in fp32 or bf16; by what was measured.
 
+And whether sums over kept entries are torch's or Triton's.
+"""
+
+import os
 from dataclasses import dataclass
 from functools import cache
+from textwrap import shorten
 from typing import Literal
 
 import torch
+
+from shared.errors import ConfigError
 
 Codes = Literal["auto", "sparse", "dense"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -12,6 +19,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 SPARSE = {"cpu": 0.07, "cuda": 0.02}
 # Multiplications of a product from which bf16 saves a sixth of a step, there too.
 LARGE = 2**28
+TRITON = "GRANARY_TRITON"  # in the environment
 
 
 @dataclass(frozen=True)
@@ -49,3 +57,27 @@ def has_bf16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+@cache
+def by_triton(device: torch.device) -> bool:
+    """Whether sums over kept entries are Triton's on a device: on CUDA, where it can be had.
+
+    $GRANARY_TRITON: 0 never, 1 always. Raises ConfigError where it is asked for and cannot be had.
+    """
+    asked = os.environ.get(TRITON, "")
+    if asked not in ("", "0", "1"):
+        raise ConfigError(f"no such {TRITON}", asked, "Set it to 0 (never) or 1 (always), or leave it out")
+    if asked == "0" or (not asked and device.type != "cuda"):
+        return False
+    try:
+        from train.kernels import fused
+
+        fused.check(device)
+    except ImportError as error:
+        if not asked:
+            return False
+        reason = shorten(str(error), 300).rstrip(".")
+        way_out = f"It needs a GPU, the package triton and a C compiler. Leave {TRITON} out to do without"
+        raise ConfigError(f"no Triton on {device}", reason, way_out) from error
+    return True

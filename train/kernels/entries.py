@@ -1,6 +1,6 @@
 """Kept entries of a matrix of codes, and memory that is handed from one such matrix to the next.
 
-Letters: B rows of a batch, L latents of the dictionary, K kept entries.
+Letters: B rows of a batch, L latents of the dictionary, K kept entries; N bags of entries, M pieces of them.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,46 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+PIECE = 128  # entries that a GPU adds up one after the other: of a latent that fires on every row there are many
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Where bags of entries begin and end, which stand one behind the other: in pieces, where bags are long.
+
+    A bag's first piece is its number among N, its further ones are together among M. Of M there are as many as there
+    could be, so that nobody waits for the device: those that are too many are of bag N, and end where they begin.
+    """
+
+    begin_N: Tensor
+    end_N: Tensor
+    further_N: Tensor
+    begin_M: Tensor
+    end_M: Tensor
+    bag_M: Tensor
+
+    @classmethod
+    def whole(cls, starts_N: Tensor, count: int) -> "Pieces":
+        """One of each bag of `count` entries in all."""
+        none = starts_N[:0]
+        return cls(starts_N, _stops(starts_N, count), none, none, none, none)
+
+    @classmethod
+    def split(cls, starts_N: Tensor, count: int) -> "Pieces":
+        """Of at most PIECE entries each."""
+        if count <= PIECE:
+            return cls.whole(starts_N, count)
+        stops_N = _stops(starts_N, count)
+        further_N = (stops_N - starts_N - 1).clamp_min(0) // PIECE
+        behind_N = torch.cumsum(further_N, 0)
+        number_M = torch.arange((count - 1) // PIECE, device=starts_N.device)
+        bag_M = torch.searchsorted(behind_N, number_M, right=True)
+        own_M = bag_M.clamp_max(len(starts_N) - 1)
+        begin_M = starts_N[own_M] + (number_M - (behind_N - further_N)[own_M] + 1) * PIECE
+        begin_M = torch.minimum(begin_M, stops_N[own_M])
+        end_M = torch.minimum(begin_M + PIECE, stops_N[own_M])
+        return cls(starts_N, torch.minimum(starts_N + PIECE, stops_N), further_N, begin_M, end_M, bag_M)
 
 
 @dataclass(frozen=True)
@@ -35,6 +75,11 @@ class Entries:
         return starts(self.row_K, self.rows)
 
     @cached_property
+    def row_pieces(self) -> Pieces:
+        """Not split: rows are many, and none has many more entries than others."""
+        return Pieces.whole(self.row_starts_B, len(self.row_K))
+
+    @cached_property
     def by_latent_K(self) -> Tensor:
         """The entries' numbers, ordered by latent."""
         return torch.argsort(self.latent_K.int(), stable=True)  # of half the size, which is sorted in half the time
@@ -46,6 +91,10 @@ class Entries:
     @cached_property
     def latent_starts_L(self) -> Tensor:
         return starts(self.latent_K[self.by_latent_K], self.latents)
+
+    @cached_property
+    def latent_pieces(self) -> Pieces:
+        return Pieces.split(self.latent_starts_L, len(self.latent_K))
 
 
 def below_each_other(parts: Sequence[Entries]) -> Entries:
@@ -60,6 +109,10 @@ def below_each_other(parts: Sequence[Entries]) -> Entries:
 def starts(index_K: Tensor, length: int) -> Tensor:
     """Where each number below `length` begins in an ordered index."""
     return torch.searchsorted(index_K, torch.arange(length, device=index_K.device))
+
+
+def _stops(starts_N: Tensor, count: int) -> Tensor:
+    return torch.cat([starts_N, starts_N.new_full((1,), count)])[1:]
 
 
 _spare: list[Tensor] = []

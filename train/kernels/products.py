@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 
+from train.kernels import choice
 from train.kernels.entries import Entries
 
 
@@ -45,6 +46,10 @@ def of_source(of_L: Tensor, slices: tuple[slice, ...], dim: int = 0) -> Tensor:
 
 def sums_by_latent(entries: Entries, x_BD: Tensor, weight_K: Tensor) -> Tensor:
     """sum over entries of latent l of weight x x[row]: [L, D]. The gradient of an encoder, and of a decoder."""
+    if choice.by_triton(x_BD.device):
+        from train.kernels import fused
+
+        return fused.sums(entries.latent_pieces, x_BD, entries.rows_by_latent_K, weight_K, entries.by_latent_K)
     order_K = entries.by_latent_K
     weights = weight_K[order_K].to(x_BD.dtype)
     starts_L = entries.latent_starts_L
@@ -129,6 +134,10 @@ def totals(entries: Entries, value_K: Tensor) -> Tensor:
 
 def sums_by_row(entries: Entries, W_SD: Tensor, local_K: Tensor, weight_K: Tensor) -> Tensor:
     """sum over entries of a row of weight x W[local]: [B, D]."""
+    if choice.by_triton(W_SD.device):
+        from train.kernels import fused
+
+        return fused.sums(entries.row_pieces, W_SD, local_K, weight_K)
     return embedding_bag(local_K, W_SD, entries.row_starts_B, mode="sum", per_sample_weights=weight_K)
 
 
@@ -248,6 +257,10 @@ def dots(a_BD: Tensor, b_SD: Tensor, entries: Entries, local_K: Tensor) -> Tenso
 
     Latent after latent, so that a row of b, which has more of them than a, is fetched once.
     """
+    if choice.by_triton(a_BD.device):
+        from train.kernels import fused
+
+        return fused.dots(entries.latent_pieces, a_BD, b_SD, entries.rows_by_latent_K, local_K, entries.by_latent_K)
     order_K, of_sum = entries.by_latent_K, 0  # among the modes of embedding_bag
     given = (a_BD, b_SD, local_K[order_K], entries.latent_starts_L, entries.rows_by_latent_K, of_sum)
     by_latent_K: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(*given)
