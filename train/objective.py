@@ -17,8 +17,8 @@ from torch.nn.functional import relu
 from shared.device import Later
 from train import parallel, shards
 from train.code import DenseCode, Forward, SparseCode
-from train.kernels.entries import Entries
-from train.kernels.products import SquaredDistance, product
+from train.kernels.entries import Entries, below_each_other
+from train.kernels.products import Known, SquaredDistance
 from train.kernels.select import kept_per_row, top_per_row
 from train.pre import Pre
 from train.schedule import Schedule
@@ -202,19 +202,53 @@ class AuxK(Term):
         dead = now.dead
         error = {source: (out.target[source] - y_BD).detach() for source, y_BD in out.y.items()}
         pre = out.pre if self.form == "input" else _of_error(out.pre, error)
-        h_Bn, k = pre.columns(dead), min(self.k_aux, now.deads)
+        k = min(self.k_aux, now.deads)
         if pre.sparse(k / now.deads):
-            top = top_per_row(h_Bn, k)
+            top = below_each_other([top_per_row(pre.columns(dead, rows), k) for rows in pre.parts_of(dead)])
             entries = Entries(top.row_K, dead[top.latent_K], len(first), len(now.dead_L))
             assert top.score_K is not None
             code = SparseCode(entries, relu(pre.with_graph(entries, top.score_K)))
             guess = {source: code.write(dictionary.decoder[source], dictionary.writes[source]) for source in error}
-        else:  # so many of the dead that a product over them alone is faster
-            f_Bn = pre.graph_of(relu(kept_per_row(h_Bn, k)), dead, now.apart)
-            dead_nD = {s: dictionary.writes[s].rows(dictionary.decoder[s], dead, now.apart) for s in error}
-            guess = {source: shards.total(product(f_Bn, W_nD, pre.bf16)) for source, W_nD in dead_nD.items()}
-        value = squared_error(error, guess)
+            value = squared_error(error, guess)
+        else:  # so many of the dead that products over them alone are faster
+            value = _by_products(dictionary, pre, dead, k, error, now.apart)
         return value if now.apart else _finite_or_none(value)
+
+
+def _by_products(
+    dictionary: Dictionary, pre: Pre, dead: Tensor, k: int, error: dict[str, Tensor], in_place: bool
+) -> Tensor:
+    """AuxK by products over the dead latents, part of the rows by part: each is done with before the next is begun."""
+    low = pre.bias_L.dtype if not pre.bf16 else torch.bfloat16
+    with torch.no_grad():
+        decoder = {s: dictionary.writes[s].rows(dictionary.decoder[s], dead).to(low) for s in error}
+        of_decoder = {s: torch.zeros_like(W_nD, dtype=pre.bias_L.dtype) for s, W_nD in decoder.items()}
+        of_encoder = {s: pre.bias_L.new_zeros(len(dead), W_SD.shape[1]) for s, W_SD in pre.weights.items()}
+        value, of_bias = pre.bias_L.new_zeros(()), pre.bias_L.new_zeros(len(dead))
+        for rows in pre.parts_of(dead):
+            f_Bn = kept_per_row(pre.columns(dead, rows), k).relu_()
+            f_low, grad_Bn = f_Bn.to(low), torch.zeros_like(f_Bn)
+            for source, W_nD in decoder.items():
+                gap_BD = shards.total((f_low @ W_nD).to(f_Bn.dtype)) - error[source][rows]
+                value += torch.dot(gap_BD.flatten(), gap_BD.flatten()) / pre.rows
+                gap_low = gap_BD.mul_(2 / pre.rows).to(low)
+                of_decoder[source] += f_low.T @ gap_low
+                grad_Bn += gap_low @ W_nD.T
+            grad_Bn = torch.ops.aten.threshold_backward(grad_Bn, f_Bn, 0)  # 0 where f is
+            of_bias += grad_Bn.sum(0)
+            grad_low = grad_Bn.to(low)
+            for source, of_nD in of_encoder.items():
+                of_nD += grad_low.T @ pre.x[source][rows].to(low)
+    given = [
+        (table[source], ports[source].local_L[dead], of_nD * ports[source].present_L[dead, None])
+        for table, ports, found in (
+            (pre.weights, pre.ports, of_encoder),
+            (dictionary.decoder, dictionary.writes, of_decoder),
+        )
+        for source, of_nD in found.items()
+    ]
+    places, matrices = [(local_n, of_nD) for _, local_n, of_nD in given], [W_SD for W_SD, _, _ in given]
+    return Known.apply(value, (dead, of_bias), places, in_place, pre.bias_L, *matrices)
 
 
 def _of_error(pre: Pre, error: dict[str, Tensor]) -> Pre:

@@ -14,12 +14,13 @@ from torch import Tensor
 from train.kernels import choice
 from train.kernels.choice import Kernels
 from train.kernels.entries import Entries, borrowed, hand_back
-from train.kernels.products import Columns, Place, PreActivation, Rows, Whole, of_source, product
+from train.kernels.products import Place, PreActivation, Whole, of_source, product
 from train.kernels.select import above, by_latent
 from train.wiring import Wiring, size_of
 
 TINY = 1e-30  # the least decoder norm that scores are weighed by
 SAMPLE = 256  # rows, and latents, by which the number of entries is told
+COLUMNS = {"cpu": 2**19, "cuda": 2**27}  # numbers of rows by some latents that are held at once: a core's cache
 AT_ONCE = 2048  # latents whose encoders are copied together on a CPU
 
 
@@ -51,10 +52,9 @@ class Ports:
             return of_L  # not a slice of it, whose gradient would be copied
         return of_source(of_L, self.slices, dim)
 
-    def rows(self, W_SD: Tensor, latents: Tensor, in_place: bool = False) -> Tensor:
+    def rows(self, W_SD: Tensor, latents: Tensor) -> Tensor:
         """The rows of the source's own matrix that some latents have, [n, D]; 0 where it has no part in one."""
-        rows_nD: Tensor = Rows.apply(W_SD, self.local_L[latents], self.present_L[latents], in_place)
-        return rows_nD
+        return W_SD[self.local_L[latents]] * self.present_L[latents, None]
 
     def spread(self, of_S: Tensor) -> Tensor:
         """The other way round: what each latent of the source has, over the dictionary's latents; 0 for all others."""
@@ -243,23 +243,25 @@ class Pre:
         return PreActivation.apply(h_K, entries, self._places(), self.bias_L, *self._given())
 
     @torch.no_grad()
-    def columns(self, latents: Tensor) -> Tensor:
-        """h of some latents, [B, n], without a graph; the latents of a row side by side in memory."""
+    def columns(self, latents: Tensor, rows: slice = slice(None)) -> Tensor:
+        """h of some latents on some rows, [B, n], without a graph; the latents of a row side by side in memory."""
         if (known := self._known) is not None:
+            score_BL = known.score_BL[rows]
             if by_latent(known.score_BL):
-                score_Bn = known.score_BL.T.index_select(0, latents).T.contiguous()
+                score_Bn = score_BL.T.index_select(0, latents).T.contiguous()
             else:
-                score_Bn = known.score_BL.gather(1, latents.expand(self.rows, -1))
+                score_Bn = score_BL.gather(1, latents.expand(len(score_BL), -1))
             return known.h(score_Bn.to(self.bias_L.dtype), latents)
-        h_Bn = self.bias_L[latents].expand(self.rows, -1)
+        h_Bn = self.bias_L[latents]
         for source, W_SD in self.weights.items():
-            h_Bn = h_Bn + product(self.x[source], self.ports[source].rows(W_SD, latents).T, self.bf16)
+            h_Bn = h_Bn + product(self.x[source][rows], self.ports[source].rows(W_SD, latents).T, self.bf16)
         return h_Bn
 
-    def graph_of(self, f_Bn: Tensor, latents: Tensor, in_place: bool = False) -> Tensor:
-        """The codes of some latents, relu(h) where they are kept, with a graph."""
-        places = [(self.x[s], self.ports[s].local_L[latents], self.ports[s].present_L[latents]) for s in self.weights]
-        return Columns.apply(f_Bn, latents, places, in_place, self.bf16, self.bias_L, *self.weights.values())
+    def parts_of(self, latents: Tensor) -> list[slice]:
+        """Parts of the rows, of which columns of these latents are held at once."""
+        count = -(-self.rows * len(latents) // COLUMNS.get(self.bias_L.device.type, COLUMNS["cuda"]))
+        rows = -(-self.rows // max(count, 1))
+        return [slice(first, min(first + rows, self.rows)) for first in range(0, self.rows, rows)]
 
 
 def _weighed(parts: Sequence[Tensor], norm_L: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from train.code import SparseCode
 from train.kernels import choice
 from train.kernels.choice import Kernels, has_bf16
 from train.kernels.entries import Entries, Pieces
-from train.kernels.products import Decode, SquaredDistance, product, sums_by_latent
+from train.kernels.products import Decode, Known, SquaredDistance, product, sums_by_latent
 from train.kernels.select import APART, above, top_of_batch, top_per_row
 from train.pre import Ports
 
@@ -367,3 +367,17 @@ def test_decode_gives_no_gradient_that_nobody_asked_for() -> None:
     present_K = torch.ones_like(one.value_K)
     Decode.apply(one.value_K, one.decoder["a"].detach(), one.entries, ports.slices, local_K, present_K).sum().backward()
     assert one.value_K.grad is not None and one.decoder["a"].grad is None
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_gradient_that_is_known_goes_where_it_belongs(in_place: bool) -> None:
+    bias_L, first_SD, second_SD = torch.zeros(5), torch.zeros(4, 2), torch.zeros(3, 2)
+    leaves = [leaf.requires_grad_() for leaf in (bias_L, first_SD, second_SD)]
+    first_SD.grad = torch.ones(4, 2)  # of what went backward before
+    rows = [(torch.tensor([3, 0]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])), (torch.tensor([0, 0]), torch.eye(2))]
+    value = Known.apply(torch.tensor(7.0), (torch.tensor([1, 4]), torch.tensor([5.0, 6.0])), rows, in_place, *leaves)
+    assert float(value) == 7.0
+    (2 * value).backward()
+    assert [leaf.grad.tolist() for leaf in leaves] == [
+        [0, 10, 0, 0, 12], [[7, 9], [1, 1], [1, 1], [3, 5]], [[2, 2], [0, 0], [0, 0]]
+    ]  # fmt: skip

@@ -15,9 +15,11 @@ from torch import Tensor
 from tests import cases
 from tests.cases import CASES
 from tests.train.dense import Dense, aux, gradients, kept, places
+from train import pre
 from train.code import DenseCode, Forward
 from train.dictionary import Dictionary
-from train.objective import L1, AuxK, Entropy, Ghost, Now, Power, PowerForm, Reconstruction, Term
+from train.kernels.choice import Codes, Kernels
+from train.objective import L1, AuxForm, AuxK, Entropy, Ghost, Now, Power, PowerForm, Reconstruction, Term
 from train.schedule import constant
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -65,6 +67,24 @@ def test_the_loss_and_every_gradient_equal_the_formula_in_fp64(case: str, name: 
         for key, grad in found.items():
             size = max(1.0, float(right[key].abs().max()))
             assert float((grad - right[key]).abs().max()) < 1e-5 * size, key
+
+
+@pytest.mark.parametrize("form", ["input", "error"])
+@pytest.mark.parametrize("codes", ["sparse", "dense"])
+@pytest.mark.parametrize("case", ["crosscoder", "dedicated of 3"])
+def test_auxk_of_the_rows_part_by_part_is_that_of_all(
+    monkeypatch: pytest.MonkeyPatch, case: str, codes: Codes, form: AuxForm
+) -> None:
+    made = dictionary(case, "topk")
+    made.kernels = Kernels(codes)
+    now, found = Now(0, half_dead(made.latents)), []
+    for at_once in (10**9, 100, 1):
+        monkeypatch.setitem(pre.COLUMNS, "cpu", at_once)
+        value = AuxK("aux", constant(1), K_AUX, form)(made, made(cases.random_rows(case, ROWS)), now)
+        found.append([value, *gradients(value, dict(made.named_parameters())).values()])
+    for parts in found[1:]:
+        for one, other in zip(parts, found[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @every_case

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 
 from tests.train.problem import LATENTS, ROWS, Problem, every_case, matrix, seeds, tolerance
+from train import pre as pres
 from train.kernels import choice
 from train.kernels.choice import Kernels
 
@@ -26,34 +27,40 @@ def test_dense_and_sparse_pre_activations_are_one_matrix_with_equal_gradients(ca
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @settings(max_examples=10)
 @given(seed=seeds)
-def test_codes_of_some_latents_and_every_gradient_equal_the_dense_ones(
+def test_pre_activations_of_some_latents_on_some_rows_equal_the_dense_ones(
     case: str, dtype: torch.dtype, seed: int
 ) -> None:
     one = Problem(case, seed, dtype)
     latents = torch.tensor([1, 2, 7, 11, 19])
     h_Bn = one.dense_h()[:, latents]
-    f_Bn = h_Bn.clamp_min(0) * (torch.rand(h_Bn.shape, generator=one.generator) < 0.7)
+    rows = slice(1, 3)
     norm_L = torch.rand(LATENTS, generator=one.generator, dtype=dtype)
     for by_latent in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(choice, "by_latent", lambda device, by_latent=by_latent: by_latent)
             pre = one.pre(one.bias_L, one.encoder)
             torch.testing.assert_close(pre.columns(latents).double(), h_Bn, **tolerance(dtype))
+            torch.testing.assert_close(pre.columns(latents, rows).double(), h_Bn[rows], **tolerance(dtype))
             score_BL = pre.weighed(norm_L)
             assert (score_BL.T if by_latent else score_BL).is_contiguous()
             torch.testing.assert_close(score_BL.double(), one.dense_h().detach() * norm_L, **tolerance(dtype))
             torch.testing.assert_close(pre.columns(latents).double(), h_Bn, **tolerance(dtype))
-    grad_Bn = torch.randn(f_Bn.shape, generator=one.generator, dtype=dtype)
-    leaves = [one.bias_L, *one.encoder.values()]
-    expected = torch.autograd.grad(f_Bn, leaves, grad_Bn.double())
-    found = torch.autograd.grad(pre.graph_of(f_Bn.detach().to(dtype), latents), leaves, grad_Bn)
-    for got, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, wanted, **tolerance(dtype))
-    one.encoder["a"].grad = torch.ones_like(one.encoder["a"])  # it is added to what there is
-    pre.graph_of(f_Bn.detach().to(dtype), latents, in_place=True).backward(grad_Bn)
-    for (name, leaf), wanted in zip([("bias", one.bias_L), *one.encoder.items()], expected, strict=True):
-        assert leaf.grad is not None
-        torch.testing.assert_close(leaf.grad - (1.0 if name == "a" else 0.0), wanted, **tolerance(dtype))
+            torch.testing.assert_close(pre.columns(latents, rows).double(), h_Bn[rows], **tolerance(dtype))
+
+
+@pytest.mark.parametrize("most", [1, 40, 41, 10**9])
+def test_parts_of_the_rows_are_all_of_them_once_and_no_larger_than_they_may_be(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setitem(pres.COLUMNS, "cpu", most)
+    one = Problem("autoencoder", 0, torch.float32)
+    pre, latents = one.pre(one.bias_L, one.encoder), torch.arange(8)
+    parts = pre.parts_of(latents)
+    assert pre.rows > 5
+    rows = [row for part in parts for row in range(pre.rows)[part]]
+    assert rows == list(range(pre.rows))
+    assert all(8 * (part.stop - part.start) <= most or part.stop - part.start == 1 for part in parts)
+    assert most < 10**9 or len(parts) == 1
 
 
 @every_case

@@ -108,7 +108,7 @@ def below_each_other(parts: Sequence[Entries]) -> Entries:
 
 def starts(index_K: Tensor, length: int) -> Tensor:
     """Where each number below `length` begins in an ordered index."""
-    return torch.searchsorted(index_K, torch.arange(length, device=index_K.device))
+    return torch.searchsorted(index_K.contiguous(), torch.arange(length, device=index_K.device))
 
 
 def _stops(starts_N: Tensor, count: int) -> Tensor:

@@ -141,65 +141,38 @@ def sums_by_row(entries: Entries, W_SD: Tensor, local_K: Tensor, weight_K: Tenso
     return embedding_bag(local_K, W_SD, entries.row_starts_B, mode="sum", per_sample_weights=weight_K)
 
 
-class Rows(Function):
-    """Some rows of a matrix: W[local] x present, [n, D]. With `in_place` their gradient is added to the one that W has,
-    which is then no result of the backward pass: nothing is done for all other rows.
-    """
+class Known(Function):
+    """A scalar that comes with its gradient: of the bias at some latents, and of each matrix at some of its rows.
 
-    @staticmethod
-    def forward(ctx: Any, W_SD: Tensor, local_n: Tensor, present_n: Tensor, in_place: bool) -> Tensor:
-        ctx.given = W_SD, local_n, present_n, in_place
-        return W_SD[local_n] * present_n[:, None]
-
-    @staticmethod
-    def backward(ctx: Any, grad_nD: Tensor) -> tuple[Tensor | None, None, None, None]:
-        W_SD, local_n, present_n, in_place = ctx.given
-        return _of_rows(W_SD, local_n, grad_nD * present_n[:, None], in_place), None, None, None
-
-
-def _of_rows(W_SD: Tensor, local_n: Tensor, grad_nD: Tensor, in_place: bool) -> Tensor | None:
-    """The gradient of a matrix, of which some rows have one."""
-    if not in_place:
-        return torch.zeros_like(W_SD).index_add_(0, local_n, grad_nD)
-    if W_SD.grad is None:
-        W_SD.grad = torch.zeros_like(W_SD)
-    W_SD.grad.index_add_(0, local_n, grad_nD)
-    return None
-
-
-class Columns(Function):
-    """The codes of some latents, given their values `f_Bn`: relu(h) where it is kept, and 0.
-
-    With the gradients that PreActivation has of kept entries, by products over these latents alone; `in_place` is that
-    of Rows. Of every source `places` has its rows, where each of the latents stands in its weights, and 1, or 0 where
-    it has no part in it.
+    With `in_place` those of matrices are added to the ones that they have, and are then no result of the backward pass:
+    nothing is done for all other rows. A place may come twice where the second has a gradient of 0.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        f_Bn: Tensor,
-        latent_n: Tensor,
-        places: list[tuple[Tensor, Tensor, Tensor]],
+        value: Tensor,
+        of_bias: tuple[Tensor, Tensor],
+        of_rows: list[tuple[Tensor, Tensor]],
         in_place: bool,
-        bf16: bool,
         bias_L: Tensor,
-        *weights: Tensor,
+        *matrices: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(f_Bn, bias_L)
-        ctx.latent_n, ctx.places, ctx.weights, ctx.in_place, ctx.bf16 = latent_n, places, weights, in_place, bf16
-        return f_Bn.view_as(f_Bn)
+        ctx.of_bias, ctx.of_rows, ctx.in_place, ctx.bias_L, ctx.matrices = of_bias, of_rows, in_place, bias_L, matrices
+        return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad_Bn: Tensor) -> tuple[Tensor | None, ...]:
-        f_Bn, bias_L = ctx.saved_tensors
-        grad_Bn = torch.ops.aten.threshold_backward(grad_Bn, f_Bn, 0)  # 0 where f is
-        bias = torch.zeros_like(bias_L).index_copy_(0, ctx.latent_n, grad_Bn.sum(0))
-        grads = []
-        for W_SD, (x_BD, local_n, present_n) in zip(ctx.weights, ctx.places, strict=True):
-            rows_nD = product(grad_Bn.T, x_BD, ctx.bf16) * present_n[:, None]
-            grads.append(_of_rows(W_SD, local_n, rows_nD, ctx.in_place))
-        return None, None, None, None, None, bias, *grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        latent_n, bias_n = ctx.of_bias
+        bias = torch.zeros_like(ctx.bias_L).index_copy_(0, latent_n, grad * bias_n)
+        grads: list[Tensor | None] = []
+        for W_SD, (local_n, rows_nD) in zip(ctx.matrices, ctx.of_rows, strict=True):
+            if ctx.in_place and W_SD.grad is None:
+                W_SD.grad = torch.zeros_like(W_SD)
+            whole_SD = W_SD.grad if ctx.in_place else torch.zeros_like(W_SD)
+            whole_SD.index_add_(0, local_n, grad * rows_nD)
+            grads.append(None if ctx.in_place else whole_SD)
+        return None, None, None, None, bias, *grads
 
 
 class Decode(Function):
