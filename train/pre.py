@@ -96,9 +96,11 @@ class Pre:
         ports: Mapping[str, Ports],
         bias_L: Tensor,
         kernels: Kernels,
+        encoders: dict[int, Tensor] | None = None,
     ) -> None:
         self.wiring, self.x, self.weights, self.ports, self.bias_L = wiring, x, weights, ports, bias_L
         self.kernels = kernels
+        self._encoders = encoders  # as a part of the rows leaves them to the next, by the first of their latents
         self._known: Scores | None = None
         self._borrowed: Tensor | None = None  # behind the scores
 
@@ -109,10 +111,10 @@ class Pre:
     def parts(self) -> "Iterator[Pre]":
         """The pre-activations of so many rows after each other as the scores of are to be held at once."""
         assert self.kernels.micro_batch is not None
-        alike = Kernels(self.kernels.codes, "bf16" if self.bf16 else "fp32")
+        alike, encoders = Kernels(self.kernels.codes, "bf16" if self.bf16 else "fp32"), dict[int, Tensor]()
         for first in range(0, self.rows, self.kernels.micro_batch):
             x = {name: x_BD[first : first + self.kernels.micro_batch] for name, x_BD in self.x.items()}
-            yield Pre(self.wiring, x, self.weights, self.ports, self.bias_L, alike)
+            yield Pre(self.wiring, x, self.weights, self.ports, self.bias_L, alike, encoders)
 
     def sparse(self, share: float) -> bool:
         """Whether codes of which this share is kept are to be entries, and no matrix."""
@@ -191,7 +193,12 @@ class Pre:
             for first in range(own.start, own.stop, at_once):
                 some = slice(first, min(first + at_once, own.stop))
                 inside = slice(some.start - own.start, some.stop - own.start)
-                W_SD = _weighed([part[inside] for part in parts], None if norm_L is None else norm_L[some]).to(dtype)
+                W_SD = (self._encoders or {}).get(first)
+                if W_SD is None:
+                    of_norm = None if norm_L is None else norm_L[some]
+                    W_SD = _weighed([part[inside] for part in parts], of_norm).to(dtype)
+                if self._encoders is not None:
+                    self._encoders[first] = W_SD
                 torch.addmm(bias_L[some].to(dtype), x_BD, W_SD.T, out=score_BL[:, some])
         return score_BL
 
