@@ -68,6 +68,8 @@ class Trainer:
         now = Now(self.step, self.dead_L, apart=True)
         out = self.dictionary(x)
         values = {term.name: term(self.dictionary, out, now) for term in self.terms}
+        errors = [out.squared[source].detach() for source in out.target]
+        out.y.clear()  # which nobody looks at from here on; the backward pass needs the room
         loss = self._backward(values)
         parallel.average(self.parameters if parallel.row_ranks() > 1 else self.common)
         self.dictionary.tie_gradients()
@@ -88,7 +90,7 @@ class Trainer:
             for term in self.terms:
                 term.observe(out, now)
             rows = len(next(iter(x.values())))
-            record = self._record(out, {"loss": loss, **values}, rows, now.dead_L)
+            record = self._record(out, {"loss": loss, **values}, errors, rows, now.dead_L)
             self.step += 1
             self.way = _way(out)
             out.pre.release()
@@ -120,10 +122,11 @@ class Trainer:
             log.event("way", f"step {self.step:,}: {self.way}", step=self.step, way=self.way)
         return self.way
 
-    def _record(self, out: Forward, values: Mapping[str, Tensor], rows: int, dead_L: Tensor) -> dict[str, Tensor]:
+    def _record(
+        self, out: Forward, values: Mapping[str, Tensor], errors: list[Tensor], rows: int, dead_L: Tensor
+    ) -> dict[str, Tensor]:
         """The figures of a batch, of all ranks' rows together; and the idle counts, which need them, too."""
         means = parallel.summed([target_BD.mean(0) / parallel.row_ranks() for target_BD in out.target.values()])
-        errors = [out.squared[source].detach() for source in out.target]
         spreads = [_squared(x_BD - mean_D) for x_BD, mean_D in zip(out.target.values(), means, strict=True)]
         shares = [value.detach() / parallel.row_ranks() for value in values.values()]
         parts = [out.code.fires_L(), torch.stack(errors), torch.stack(spreads), torch.stack(shares)]
