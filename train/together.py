@@ -147,7 +147,8 @@ class Member:
 
     def _opening(self) -> str:
         asked, order = self.config, self.ready.order
-        note = "".join(f"\n{note}" for note in self.ready.notes)
+        shared = [f"{parallel.ranks()} ranks share its {asked.parallel}"] if parallel.ranks() > 1 else []
+        note = "".join(f"\n{note}" for note in [*shared, *self.ready.notes])
         dropped = ", ".join(f"{name} {count:,}" for name, count in self.ready.dropped.items() if count)
         return (
             f"training {self.ready.name} in {self.folder}: {order.kept:,} rows (dropped: {dropped or 'none'}), "

@@ -245,6 +245,7 @@ def test_a_run_is_that_of_one_process(store: Store, tmp_path: Path) -> None:
     keys = ("step", "epoch", "loss", "recon", "aux", "gradient", "l0", "dead", "fve/a", "l0/only_a", "dead/shared")
     for one, other in zip(records(tmp_path / "run", *keys), records(alone.folder, *keys), strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    assert r"\n2 ranks share its latents" in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]
     both = got(tmp_path)
     assert both[0] == both[1] and both[0]["latents"] == 80
     assert both[0]["sources"]["a"]["fve"] == pytest.approx(alone.figures["sources"]["a"]["fve"], abs=1e-3)
