@@ -376,7 +376,7 @@ def test_a_gradient_that_is_known_goes_where_it_belongs(in_place: bool) -> None:
     first_SD.grad = torch.ones(4, 2)  # of what went backward before
     rows = [(torch.tensor([3, 0]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])), (torch.tensor([0, 0]), torch.eye(2))]
     value = Known.apply(torch.tensor(7.0), (torch.tensor([1, 4]), torch.tensor([5.0, 6.0])), rows, in_place, *leaves)
-    assert float(value) == 7.0
+    assert value.item() == 7.0
     (2 * value).backward()
     assert [leaf.grad.tolist() for leaf in leaves] == [
         [0, 10, 0, 0, 12], [[7, 9], [1, 1], [1, 1], [3, 5]], [[2, 2], [0, 0], [0, 0]]
