@@ -90,6 +90,7 @@ MODULES: dict[str, dict[str, str]] = {
         "shards": "latents shared by the ranks: what each has of them",
         "kernels.entries": "kept entries of a matrix of codes",
         "kernels.fused": "sums over kept entries on a GPU, in Triton",
+        "kernels.radix": "which entries are kept, on a GPU, in Triton",
         "kernels.choice": "entries or matrices, fp32 or bf16: by what was measured; torch or Triton",
         "kernels.ranked": "which of the scores that ranks have selected are kept, over all of them",
         "kernels.select": "which entries are kept, without a sort of all",
@@ -134,7 +135,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch": EVERYWHERE,
     "numpy": EVERYWHERE,
     "scipy": ("train/compare.py",),
-    "triton": ("train/kernels/fused.py",),  # where it can be had
+    "triton": ("train/kernels/fused.py", "train/kernels/radix.py"),  # where it can be had
     "zarr": ("shared/store.py",),
     "numcodecs": ("shared/codec.py",),
     "google_crc32c": ("shared/layout.py", "shared/remote.py"),  # there as bytes arrive

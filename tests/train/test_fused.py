@@ -3,58 +3,35 @@
 Letters: B rows of a batch, D width of a source, L latents, S latents of one source, K kept entries.
 """
 
-import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests import cases
-from tests.device import DEVICES
+from tests.train.by_triton import DEVICE, Ask, asking, updated
 from tests.train.problem import matrix
-from train.kernels import choice, entries
+from train.kernels import entries
 from train.kernels.entries import Entries, Pieces
 from train.kernels.products import dots, sums_by_latent, sums_by_row
-from train.trainer import Trainer
 
 pytest.importorskip("triton", reason="Triton is not installed: it is for Linux on x86_64")
 
+from tests.train.compiling import apart
 from train.kernels import fused
 
-DEVICE = DEVICES[-1]
 ROWS, LATENTS = 30, 9
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
-Ask = Callable[[str], list[str]]
 
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ask]:
-    """Ask for Triton (1) or for torch (0), as users do: gives the names of what Triton computes from then on.
-
-    Pieces are so short that small bags have several.
-    """
-    calls: list[str] = []
+    """`asking` for sums, in pieces so short that small bags have several."""
     monkeypatch.setattr(entries, "PIECE", 6)
-
-    def noted(name: str, of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *given: calls.append(name) or of(*given)
-
-    monkeypatch.setattr(fused, "sums", noted("sums", fused.sums))
-    monkeypatch.setattr(fused, "dots", noted("dots", fused.dots))
-
-    def asking(value: str) -> list[str]:
-        monkeypatch.setenv(choice.TRITON, value)
-        choice.by_triton.cache_clear()
-        assert choice.by_triton(DEVICE) == (value == "1")
-        calls.clear()  # those that tried it
-        return calls
-
-    yield asking
-    choice.by_triton.cache_clear()
+    with asking(monkeypatch, fused, "sums", "dots") as ask:
+        yield ask
 
 
 def drawn(share: float) -> Tensor:
@@ -176,23 +153,6 @@ def test_rows_beyond_31_bits_of_a_table_are_found() -> None:
 # --- whole steps ------------------------------------------------------------------------------------------------
 
 
-def updated(case: str, method: str, kernels: str = "sparse") -> tuple[Trainer, dict[str, Tensor]]:
-    """A trainer after two updates, with a part of its latents dead; and the gradients and figures of the last."""
-    trainer = cases.trainer(case, method, kernels=kernels, device=DEVICE.type)
-    trainer.dictionary.to(DEVICE)
-    trainer._terms.to(DEVICE)
-    trainer.idle_L = torch.where(torch.arange(cases.LATENTS) % 3 == 0, 10**6, 0).to(DEVICE)
-    trainer.optimiser.zero_grad = lambda: None  # type: ignore[method-assign]
-    figures: dict[str, Tensor] = {}
-    for step in range(2):
-        for one in trainer.parameters:
-            one.grad = None
-        rows = cases.random_rows(case, 8, step)
-        figures = trainer.update({name: x_BD.to(DEVICE) for name, x_BD in rows.items()})
-    grads = {name: one.grad for name, one in trainer.dictionary.named_parameters() if one.grad is not None}
-    return trainer, {**figures, **grads, **{f"after {n}": one for n, one in enumerate(trainer.parameters)}}
-
-
 @pytest.mark.parametrize("method", ["topk", "batch_topk"])
 @pytest.mark.parametrize("case", ["autoencoder", "dedicated"])
 def test_whole_steps_are_those_of_torch_and_have_the_same_bits_every_time(case: str, method: str, ask: Ask) -> None:
@@ -236,49 +196,31 @@ def test_a_device_that_computes_wrongly_or_not_at_all_is_not_taken(monkeypatch: 
         fused.check(DEVICE)
 
 
-# Every kernel, compiled for two kinds of GPU: the interpreter takes more than the compiler does.
 COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
+from tests.train.compiling import CAPABILITIES, compiled, products
 from train.kernels import fused
 
-def compiled(kernel, pointers, numbers, constants, capability):
-    places = "*i64"
-    names = [one.name for one in kernel.params]
-    given = {**dict.fromkeys(names, places), **dict.fromkeys(constants, "constexpr"), **pointers, **numbers}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if given[name].startswith("*")}
-    source = ASTSource(kernel, {name: given[name] for name in names}, constants, aligned)
-    made = triton.compile(source, GPUTarget("cuda", capability, 32), fused.OPTIONS)
-    assert made.asm["cubin"]
-    return made.asm["ttir"]
-
-for capability in (80, 90):
+for capability in CAPABILITIES:
     for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64), ("bf16", torch.bfloat16)):
         table, total = f"*{name}", f"*{str(fused.KINDS[fused._kind(dtype)])}"
         for width in (1, 20, 2304):
             tile = fused._tile(torch.empty(1, width, dtype=dtype, device="meta"))
             size = ({}, {"width": 1}) if width == 1 else ({"width": "i32"}, {})
-            of_sum = {"out": total, "table": table, "weight": table}
+            how = fused.OPTIONS, capability
+            of_sum = {"out": total, "table": table, "weight": table, **size[0]}
             for order in ({}, {"order": None}):
-                ir = compiled(fused._sum, of_sum, size[0], {**tile, **size[1], **order}, capability)
-            of_dot = {"out": table, "a": table, "b": table}
-            irs = [ir, compiled(fused._dot, of_dot, size[0], {**tile, **size[1]}, capability)]
-            counts = {"bags": "i32", **size[0]}
-            of_join = {"COLUMNS": tile["COLUMNS"], **size[1]}
-            irs.append(compiled(fused._join, {"out": total, "more": total}, counts, of_join, capability))
+                ir = compiled(fused._sum, of_sum, {**tile, **size[1], **order}, *how)
+            of_dot = {"out": table, "a": table, "b": table, **size[0]}
+            irs = [ir, compiled(fused._dot, of_dot, {**tile, **size[1]}, *how)]
+            of_join = {"out": total, "more": total, "bags": "i32", **size[0]}
+            irs.append(compiled(fused._join, of_join, {"COLUMNS": tile["COLUMNS"], **size[1]}, *how))
             for ir in irs:
-                products = [line for line in ir.splitlines() if "arith.muli" in line]
-                small = [line for line in products if "i32" in line.rpartition(":")[2]]
-                assert len(products) > len(small) <= 1 or width == 1, products
-print("compiled")
+                lines, small = products(ir)
+                assert len(lines) > len(small) <= 1 or width == 1, lines
 """
 
 
 def test_every_kernel_compiles_for_gpus_and_multiplies_places_in_64_bits() -> None:
     """In 32 bits nothing but the number of a block of columns."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.stdout == "compiled\n", done.stderr
+    apart(COMPILE)

@@ -233,7 +233,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Nothing is asked of Triton, which any device runs, and what is known of it is forgotten before and after."""
     monkeypatch.delenv(choice.TRITON, raising=False)
-    monkeypatch.setattr(train.kernels, "fused", SimpleNamespace(check=lambda device: None), raising=False)
+    for name in ("fused", "radix"):
+        monkeypatch.setattr(train.kernels, name, SimpleNamespace(check=lambda device: None), raising=False)
     choice.by_triton.cache_clear()
     yield monkeypatch
     choice.by_triton.cache_clear()
@@ -250,22 +251,21 @@ def test_sums_are_by_triton_on_cuda_or_where_it_is_asked(asked: pytest.MonkeyPat
         choice.by_triton(CPU)
 
 
-@pytest.mark.parametrize("absent", [True, False], ids=["not installed", "not to be run"])
-def test_where_triton_cannot_be_had_sums_are_torchs_unless_it_is_asked_for(
-    asked: pytest.MonkeyPatch, absent: bool
-) -> None:
+@pytest.mark.parametrize("lacks", ["", "fused", "radix"], ids=lambda name: name or "not installed")
+def test_where_triton_cannot_be_had_all_is_torchs_unless_it_is_asked_for(asked: pytest.MonkeyPatch, lacks: str) -> None:
     def check(device: torch.device) -> None:
         raise ImportError("RuntimeError: no C compiler\nhere.")
 
-    asked.setattr(train.kernels, "fused", SimpleNamespace(check=check))
-    if absent:
+    if lacks:
+        asked.setattr(train.kernels, lacks, SimpleNamespace(check=check))
+    else:
         asked.delattr(train.kernels, "fused")
         asked.delitem(sys.modules, "train.kernels.fused", raising=False)
         asked.setitem(sys.modules, "triton", None)
     assert not choice.by_triton(CUDA)
     choice.by_triton.cache_clear()
     asked.setenv(choice.TRITON, "1")
-    reason = "import of triton halted.*" if absent else "RuntimeError: no C compiler here"
+    reason = "RuntimeError: no C compiler here" if lacks else "import of triton halted.*"
     with pytest.raises(ConfigError, match=rf"^no Triton on cuda: {reason}\. It needs .* to do without$"):
         choice.by_triton(CUDA)
 

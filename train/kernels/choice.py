@@ -1,6 +1,6 @@
 """How a step is computed: kept codes as entries or matrices, products in fp32 or bf16; by what was measured.
 
-And whether sums over kept entries are torch's or Triton's.
+And whether what is kept is selected and summed by torch or by Triton.
 """
 
 import os
@@ -61,7 +61,7 @@ def has_bf16(device: str) -> bool:
 
 @cache
 def by_triton(device: torch.device) -> bool:
-    """Whether sums over kept entries are Triton's on a device: on CUDA, where it can be had.
+    """Whether Triton selects and sums kept entries on a device: on CUDA, where it can be had.
 
     $GRANARY_TRITON: 0 never, 1 always. Raises ConfigError where it is asked for and cannot be had.
     """
@@ -71,9 +71,10 @@ def by_triton(device: torch.device) -> bool:
     if asked == "0" or (not asked and device.type != "cuda"):
         return False
     try:
-        from train.kernels import fused
+        from train.kernels import fused, radix
 
         fused.check(device)
+        radix.check(device)
     except ImportError as error:
         if not asked:
             return False

@@ -1,5 +1,7 @@
 """Which entries of a matrix of scores are kept: exactly k of a row or of a batch, without a sort of all.
 
+By torch, or on CUDA by Triton (kernels.radix).
+
 Letters: B rows of a batch, L latents of the dictionary, N scores, G groups of them, K kept entries.
 """
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from train import parallel
+from train.kernels import choice
 from train.kernels.entries import Entries
 from train.kernels.ranked import among_best, among_best_of_row
 
@@ -28,15 +31,30 @@ def top_per_row(score_BL: Tensor, k: int) -> Entries:
 
     Where ranks share latents, those of them that are among the k largest of all ranks' latents.
     """
+    own = min(k, score_BL.shape[1])
+    found = _top_per_row(score_BL, own)
+    if parallel.latent_ranks() == 1:
+        return found
+    assert found.score_K is not None
+    return found.some(torch.nonzero(among_best_of_row(found.score_K.view(len(score_BL), own), k).flatten()).flatten())
+
+
+def _top_per_row(score_BL: Tensor, k: int) -> Entries:
+    if _by_triton(score_BL):
+        from train.kernels import radix
+
+        return radix.top_per_row(score_BL, k)
     rows, latents = score_BL.shape
-    best = largest(score_BL, min(k, latents))
+    best = largest(score_BL, k)
     latent_Bk, order_Bk = best.indices.sort(dim=1)
     value_Bk = best.values.gather(1, order_Bk)
     row_Bk = torch.arange(rows, device=score_BL.device)[:, None].expand_as(latent_Bk)
-    if parallel.latent_ranks() > 1:
-        kept = among_best_of_row(value_Bk, k)
-        return Entries(row_Bk[kept], latent_Bk[kept], rows, latents, value_Bk[kept])
     return Entries(row_Bk.flatten(), latent_Bk.flatten(), rows, latents, value_Bk.flatten())
+
+
+def _by_triton(score_BL: Tensor) -> bool:
+    """Whether Triton selects: not from fp64."""
+    return choice.by_triton(score_BL.device) and score_BL.element_size() <= 4
 
 
 def largest(score_BL: Tensor, k: int) -> torch.return_types.topk:
@@ -90,9 +108,13 @@ def top_of_batch(score_BL: Tensor, count: int) -> Entries:
 def candidates(score_BL: Tensor, count: int) -> Entries:
     """What of a part of the batch, or of this rank's matrix, may be among its `count` largest."""
     rows, latents = score_BL.shape
+    count = min(count * parallel.row_ranks(), rows * latents)
+    if _by_triton(score_BL):
+        from train.kernels import radix
+
+        return radix.top_of_all(score_BL, count)
     transposed = by_latent(score_BL)
-    score_N = (score_BL.T if transposed else score_BL).flatten()
-    score_K, flat_K = _top_of_all(score_N, min(count * parallel.row_ranks(), len(score_N)))
+    score_K, flat_K = _top_of_all((score_BL.T if transposed else score_BL).flatten(), count)
     return _entries(flat_K, rows, latents, transposed, score_K)
 
 
