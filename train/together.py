@@ -17,6 +17,7 @@ from shared.log import Log, bar
 from shared.view import View
 from train import measure, parallel, prepare, report, resident, run
 from train.calibrate import calibrate
+from train.dictionary import Dictionary
 from train.order import own_block
 from train.prepare import Ready
 from train.reader import require_finite
@@ -128,12 +129,6 @@ class Member:
         if self._training is not None:
             self._training.log.event("stop", step=self._training.trainer.step)
 
-    def ends(self) -> None:
-        """Its training is over, and the dictionary is there; without moments, where ranks gave their parts of it."""
-        self.trained = self.training.trainer.trained()
-        if parallel.latent_ranks() > 1:
-            self.training.trainer.release()
-
     def finish(self, figures: Mapping[str, Any]) -> None:
         """Write down the figures, and report."""
         files.write_json(self.folder / report.MEASURE, figures)
@@ -183,10 +178,9 @@ def train(store: View, members: Sequence[Member], place: Path, quiet: bool) -> N
                     _steps(store, running, where, quiet)
             whole = [one for one in members if one.error is None]
             with memory_minded("while it was measured"):
-                for one in whole:
-                    one.ends()
+                trained = [one.training.trainer.trained() for one in whole]
                 with parallel.over("rows"):  # of which one rank then measures all
-                    parallel.first(lambda: _finish(store, whole, quiet))
+                    parallel.first(lambda: _finish(store, whole, trained, quiet))
         except (Stopped, KeyboardInterrupt):
             reached = max((one.training.trainer.step for one in members if one.error is None), default=0)
             for one in members:
@@ -244,20 +238,18 @@ def _steps(store: View, running: list[Member], where: resident.Where, quiet: boo
         raise Stopped(128 + signal.SIGTERM)
 
 
-def _finish(store: View, members: Sequence[Member], quiet: bool) -> None:
+def _finish(store: View, members: Sequence[Member], trained: Sequence[Dictionary], quiet: bool) -> None:
     """Save and measure, those that read the same rows at once."""
-    alike: dict[int, list[Member]] = {}
-    for one in members:
-        made = one.trained
+    alike: dict[int, list[tuple[Member, Dictionary]]] = {}
+    for one, made in zip(members, trained, strict=True):
         if one.config.method.calibrates():
             calibrate(made, store, np.flatnonzero(one.ready.order.kept_N), quiet)
         made.save(one.folder / "dictionary")
-        alike.setdefault(one.config.log.measure_rows, []).append(one)
+        alike.setdefault(one.config.log.measure_rows, []).append((one, made))
     for most, some in alike.items():
-        trained = [one.trained for one in some]
-        for one, figures in zip(
-            some, measure.measure_all(trained, store, most, some[0].config.rows, quiet), strict=True
-        ):
+        runs, dictionaries = [one for one, _ in some], [made for _, made in some]
+        found = measure.measure_all(dictionaries, store, most, runs[0].config.rows, quiet)
+        for one, figures in zip(runs, found, strict=True):
             one.finish(figures)
 
 

@@ -157,16 +157,13 @@ class Trainer:
             self.dictionary.normalise_decoders()
         return self._joined().eval()
 
-    def release(self) -> None:
-        """Let the moments and averages go: it takes no further step."""
-        self.optimiser.state.clear()
-        self.averages = []
-
     def _joined(self) -> Dictionary:
-        """The dictionary with the latents of all ranks, on the first of them."""
+        """The dictionary with the latents of all ranks, on the first of them; moments make room for it."""
         own = self.dictionary
         if parallel.latent_ranks() == 1:
             return own
+        self.optimiser.state.clear()
+        self.averages = []
         state = {name: shards.whole(one, shards.sizes(own.wiring, name)) for name, one in own.state_dict().items()}
         if parallel.rank():
             return own

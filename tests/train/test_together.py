@@ -1,8 +1,10 @@
 """Runs on one loader: each to the bits that it would have alone, whatever becomes of the others."""
 
+import gc
 import json
 import signal
 import tomllib
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tests import cases
 from train import measure as measures
 from train import plan, prepare
 from train.config import TrainConfig
+from train.dictionary import Dictionary
 from train.fit import Sweep, fit, resume_sweep, sweep
 from train.loader import Loader
 from train.run import folders_of, held
@@ -210,6 +213,27 @@ def test_the_line_behind_the_bar_has_the_ranges_of_several_runs_the_rows_and_the
         "fve/b": "0.750", "rows/s": "12,346", "stall": "2%",
     }  # fmt: skip
     assert list(_shown(members[:1], 1.0, 0.0)) == ["loss", "l0", "dead", "fve/a", "fve/b", "rows/s", "stall"]
+
+
+def test_what_a_pass_has_trained_is_gone_when_the_next_begins(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh, trained, left = prepare.fresh, Trainer.trained, list[weakref.ref[Dictionary]]()
+
+    def watched(self: Trainer) -> Dictionary:
+        made = trained(self)
+        left.append(weakref.ref(made))
+        return made
+
+    def begins(*given: Any) -> Trainer:
+        gc.collect()
+        assert not any(one() for one in left)
+        return fresh(*given)
+
+    monkeypatch.setattr(Trainer, "trained", watched)
+    monkeypatch.setattr(prepare, "fresh", begins)
+    found = sweep(store, {**BASE, "sweep": {"grid": {"batch": [8, 16]}}}, tmp_path / "runs", quiet=True)
+    assert len(found.runs) == len(left) == 2 and not found.failed
 
 
 def test_another_error_is_our_own_and_is_not_hidden(
