@@ -249,8 +249,7 @@ class Training:
         finite_P = torch.stack([weights.isfinite().all() for weights in self.trainer.parameters])
         if not parallel.least(finite_P.float()).all():
             raise DivergenceError("the weights are not finite", f"after step {step}", "Lower optimiser.lr")
-        if parallel.rank() == 0 or parallel.latent_ranks() > 1:  # each then has a part of the state
-            checkpoint.save(self.trainer, self.folder / CHECKPOINTS, self._identity, self.config.log.keep)
+        checkpoint.save(self.trainer, self.folder / CHECKPOINTS, self._identity, self.config.log.keep)
         self._kept = step
 
 

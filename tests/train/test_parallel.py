@@ -272,14 +272,14 @@ def test_going_on_with_other_ranks_is_told(store: Store, tmp_path: Path, capsys:
     )
 
 
-def sweep_it(folder: Path, store: Path) -> None:
-    asked = {**ASKED, "sweep": {"runs": [{"seed": 0}, {"optimiser.lr": 1e30}, {"method": {"name": "topk"}}]}}
+def sweep_it(folder: Path, store: Path, base: dict[str, Any]) -> None:
+    asked = {**base, "sweep": {"runs": [{"seed": 0}, {"optimiser.lr": 1e30}, {"method": {"name": "topk"}}]}}
     found = sweep(store, asked, folder / "runs", quiet=True)
     put(folder, ([run.figures for run in found.runs], [str(path) for path in found.failed]))
 
 
 def test_a_sweep_on_two_ranks_ends_a_run_that_fails_on_both(store: Store, tmp_path: Path) -> None:
-    assert on_two(sweep_it, tmp_path, store.path) == [0, 0]
+    assert on_two(sweep_it, tmp_path, store.path, ASKED) == [0, 0]
     both = got(tmp_path)
     assert both[0] == both[1] and len(both[0][0]) == 2 and both[0][1] == [str(tmp_path / "runs" / "1-lr=1e+30")]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from shared.errors import ConfigError, WiringError
 from shared.store import Store
 from tests import cases
-from tests.train.test_parallel import ASKED, RANKS, got, on_two, put, records, train_it
+from tests.train.test_parallel import ASKED, RANKS, got, on_two, put, records, sweep_it, train_it
 from train import checkpoint, parallel, shards
 from train.dictionary import Dictionary
 from train.fit import fit, resume, sweep
@@ -325,14 +325,8 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_written(store: Stor
     assert on_two(refused, tmp_path, store.path) == [0, 0]
 
 
-def sweep_it(folder: Path, store: Path) -> None:
-    asked = {**SHARED, "sweep": {"runs": [{"seed": 0}, {"optimiser.lr": 1e30}, {"method": {"name": "topk"}}]}}
-    found = sweep(store, asked, folder / "runs", quiet=True)
-    put(folder, ([run.figures for run in found.runs], [path.name for path in found.failed]))
-
-
 def test_a_sweep_shares_the_latents_of_every_run(store: Store, tmp_path: Path) -> None:
-    assert on_two(sweep_it, tmp_path, store.path) == [0, 0]
+    assert on_two(sweep_it, tmp_path, store.path, SHARED) == [0, 0]
     both = got(tmp_path)
-    assert both[0] == both[1] and len(both[0][0]) == 2 and both[0][1] == ["1-lr=1e+30"]
+    assert both[0] == both[1] and len(both[0][0]) == 2 and both[0][1] == [str(tmp_path / "runs" / "1-lr=1e+30")]
     assert json.loads((tmp_path / "runs" / "sweep.json").read_text())["runs"][0].startswith("0-")

@@ -72,7 +72,7 @@ class Entries:
 
     @cached_property
     def row_starts_B(self) -> Tensor:
-        return starts(self.row_K, self.rows)
+        return _starts(self.row_K, self.rows)
 
     @cached_property
     def row_pieces(self) -> Pieces:
@@ -90,7 +90,7 @@ class Entries:
 
     @cached_property
     def latent_starts_L(self) -> Tensor:
-        return starts(self.latent_K[self.by_latent_K], self.latents)
+        return _starts(self.latent_K[self.by_latent_K], self.latents)
 
     @cached_property
     def latent_pieces(self) -> Pieces:
@@ -106,7 +106,7 @@ def below_each_other(parts: Sequence[Entries]) -> Entries:
     return Entries(row_K, torch.cat([one.latent_K for one in parts]), firsts[-1], parts[0].latents, score_K)
 
 
-def starts(index_K: Tensor, length: int) -> Tensor:
+def _starts(index_K: Tensor, length: int) -> Tensor:
     """Where each number below `length` begins in an ordered index."""
     return torch.searchsorted(index_K.contiguous(), torch.arange(length, device=index_K.device))
 
