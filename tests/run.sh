@@ -10,7 +10,8 @@ if [ ! -x .venv-test/bin/pytest ] || [ pyproject.toml -nt .venv-test/installed ]
     .venv-test/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo]'
     touch .venv-test/installed
 fi
-export PATH="$PWD/.venv-test/bin:$PATH" HF_HUB_OFFLINE=1
+export PATH="$PWD/.venv-test/bin:$PATH" HF_HUB_OFFLINE=1 GRANARY_PEERS="${GRANARY_PEERS:-$PWD/.venv-peers}"
+tests/peers.sh "$GRANARY_PEERS"
 
 ruff format --check .
 ruff check .

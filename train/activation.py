@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn.functional import relu
 
 from train import parallel
-from train.code import Activation, Code, DenseCode, SparseCode, SplitCode
+from train.code import Activation, Code, DenseCode, Form, SparseCode, SplitCode
 from train.kernels.entries import Entries, below_each_other
 from train.kernels.products import OfLatents
 from train.kernels.select import above, best_of, candidates, top_of_batch
@@ -34,6 +34,9 @@ class Relu(Activation):
         if entries is None:
             return DenseCode(relu(pre.dense_BL), pre.bf16)
         return SparseCode(entries, relu(pre.at(entries, entries.score_K)))
+
+    def form(self) -> Form:
+        return Form("relu")
 
 
 class Gated(Activation):
@@ -60,6 +63,14 @@ class Gated(Activation):
 
     def _shift(self, by_L: Tensor) -> None:
         self.magnitude_L.sub_(self.rescale_L.exp() * by_L)
+
+    def form(self) -> Form:
+        return Form("gated", rescale_L=self.rescale_L.detach(), magnitude_L=self.magnitude_L.detach())
+
+    def adopt(self, form: Form) -> None:
+        assert form.rescale_L is not None and form.magnitude_L is not None
+        self.rescale_L.copy_(form.rescale_L)
+        self.magnitude_L.copy_(form.magnitude_L)
 
 
 class Budgets(nn.Module):
@@ -140,6 +151,11 @@ class Selecting(Activation):
 
     def decouple(self) -> None:
         pass
+
+    @property
+    def k(self) -> tuple[int, ...]:
+        """Of every budget, behind all schedules."""
+        return tuple(self.budgets.counts(sys.maxsize))
 
     @abstractmethod
     def pick(self, score_BL: Tensor, writer: int) -> Entries:
@@ -228,6 +244,16 @@ class BatchTopK(Selecting):
         self.mean.copy_(threshold.view_as(self.mean))
         self.mass.fill_(1.0)
 
+    def form(self) -> Form:
+        return Form("batch_topk", self.k, self.threshold[..., self.budgets.group_L])
+
+    def adopt(self, form: Form) -> None:
+        """A threshold below 0 is that of one who has not trained yet."""
+        assert form.threshold_L is not None
+        if (form.threshold_L >= 0).all():
+            first = [int(self.budgets.get_buffer(f"latents_{number}")[0]) for number in range(len(self.budgets.ks))]
+            self.set_threshold(form.threshold_L[..., first])
+
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
         if pre.kernels.micro_batch is None:
             return super().forward(pre, norm_L)
@@ -282,6 +308,13 @@ class JumpReLU(Activation):
             return DenseCode(f_BL, pre.bf16, fires_BL)
         threshold_K = OfLatents.apply(threshold_L, entries)
         return SparseCode(entries, *Jump.apply(pre.at(entries, entries.score_K), threshold_K, self.bandwidth))
+
+    def form(self) -> Form:
+        return Form("jumprelu", threshold_L=self.threshold_L.detach())
+
+    def adopt(self, form: Form) -> None:
+        assert form.threshold_L is not None
+        self.log_threshold_L.copy_(form.threshold_L.clamp_min(torch.finfo(torch.float32).tiny).log())
 
 
 class Jump(Function):

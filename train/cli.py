@@ -1,4 +1,4 @@
-"""train run | plan | resume | measure | compare | methods | show."""
+"""train run | plan | resume | measure | compare | methods | show, and those of train.exchange."""
 
 import json
 import sys
@@ -13,9 +13,9 @@ from shared.errors import CheckpointError, ConfigError, StoreError, TrainingErro
 from shared.mixture import open_mixture
 from shared.view import View
 from train import compare as comparing
+from train import exchange, parallel, report, trackers
 from train import measure as measuring
 from train import method as method_files
-from train import parallel, report, trackers
 from train.config import LogConfig, ReadConfig, TrainConfig
 from train.dictionary import Dictionary
 from train.fit import Run, Sweep, fit, resume_sweep, sweep
@@ -315,6 +315,10 @@ def show(
         print(f"span        {span['name']}: {span['size']:,} latents, {', '.join([ends, *told])}")
     if described["skip"]:
         print("skip        a linear map from what is read to what is written")
+
+
+app.command("import")(exchange.import_)
+app.command()(exchange.export)
 
 
 def _opened(stores: list[str], below: str | None, quiet: bool) -> View:

@@ -7,12 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from shared.errors import WiringError
+from shared.errors import CheckpointError, WiringError
 from train import shards
 from train.kernels.entries import Entries
 from train.kernels.products import Decode, OfLatents, SquaredDistance, product, totals
@@ -239,6 +239,26 @@ def _smallest_positive(score: Tensor, group: Tensor, groups: int) -> Tensor:
     return score.new_full((groups,), torch.inf).scatter_reduce(0, group.flatten(), positive, "amin")
 
 
+@dataclass(frozen=True)
+class Form:
+    """How codes come from pre-activations h at evaluation, in terms that other libraries have, too.
+
+    relu        f = relu(h)
+    gated       f = 1[h > 0] x relu(exp(rescale) x (h - b) + magnitude), b: the bias of a latent
+    jumprelu    f = h x 1[h > threshold]
+    topk        f = relu(h) where h x norm is among the k largest of the row
+    batch_topk  f = relu(h) where h x norm > threshold
+
+    `k` is that of every budget. A threshold is [L], or [writers, L] where every writer selects for itself.
+    """
+
+    kind: Literal["relu", "gated", "jumprelu", "topk", "batch_topk"]
+    k: tuple[int, ...] = ()
+    threshold_L: Tensor | None = None
+    rescale_L: Tensor | None = None
+    magnitude_L: Tensor | None = None
+
+
 class Activation(nn.Module, ABC):
     """Pre-activations -> codes. Owns what lives per latent: the bias, and a method's thresholds or gates."""
 
@@ -273,6 +293,13 @@ class Activation(nn.Module, ABC):
 
     def schedule(self, step: int) -> None:
         """Called before each training step, for values that depend on the step alone."""
+
+    def form(self) -> Form:
+        """What it does at evaluation. Raises CheckpointError where other libraries have no such activation."""
+        raise CheckpointError("no other library has this activation", type(self).__name__, "Use Dictionary.save")
+
+    def adopt(self, form: Form) -> None:
+        """Take the values of a form of its own kind. No graph."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ class MethodConfig(config.Config, ABC):
         """Whether smaller codes cost less: then they shrink without end unless decoder norms count, or are fixed."""
         return False
 
+    def nested(self, wiring: Wiring) -> tuple[int, ...]:
+        """The sizes of groups of latents of which the first few reconstruct alone; none: no group does."""
+        return ()
+
     @abstractmethod
     def build(self, wiring: Wiring, steps: int) -> Method:
         """Raises WiringError, with the reason, for a wiring on which the method makes no sense."""

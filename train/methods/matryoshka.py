@@ -40,6 +40,9 @@ class Config(BatchTopKConfig):
             raise ValueError("shares above 0 whose sum is 1 are needed")
         return value
 
+    def nested(self, wiring: Wiring) -> tuple[int, ...]:
+        return tuple(np.bincount(group_of(wiring, self.groups)).tolist())
+
     def build(self, wiring: Wiring, steps: int) -> Method:
         activation = BatchTopK(wiring, self.k_at(wiring), self.threshold_decay)
         return Method(

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from train.activation import Selecting
-from train.code import Forward
+from train.code import Form, Forward
 from train.kernels.entries import Entries
 from train.kernels.select import top_per_row
 from train.method import Method, TopKConfig
@@ -42,6 +42,9 @@ class TopK(Selecting):
 
     def pick(self, score_BL: Tensor, writer: int) -> Entries:
         return self.budgets.select(score_BL, self.counts, top_per_row)
+
+    def form(self) -> Form:
+        return Form("topk", self.k)
 
 
 class Multi(Term):
