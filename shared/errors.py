@@ -104,6 +104,12 @@ class RowsError(GranaryError):
     exit_code = 2
 
 
+class CopyError(GranaryError):
+    """A copy of weights that was to be written into, where nobody would see it."""
+
+    exit_code = 2
+
+
 class CheckpointError(GranaryError):
     """A folder that holds no dictionary or no run that this version can read."""
 

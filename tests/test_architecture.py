@@ -133,7 +133,17 @@ MODULES: dict[str, dict[str, str]] = {
         "interop.crosscoders": "files of crosscoders, of every era",
         "interop.crosscoders_written": "crosscoders as files of crosscoder_learning",
         "interop.formats": "which library a file is of; a dictionary as files of another",
-        "exchange": "train import | export",
+        "interop.hub": "dictionaries on the hub, and in SAELens' registry of those that are published",
+        "interop.dictionary_learning.shown": "weights in another shape than they are kept in",
+        "interop.dictionary_learning.shaped": "dictionaries of ours in the shapes that dictionary_learning has",
+        "interop.dictionary_learning.sae": "what its autoencoders have in common",
+        "interop.dictionary_learning.autoencoders": "its autoencoders",
+        "interop.dictionary_learning.crosscoders": "its crosscoders",
+        "interop.dictionary_learning.partition": "which latents of a dedicated crosscoder belong to which model",
+        "interop.dictionary_learning.dedicated": "its dedicated feature crosscoders",
+        "interop.dictionary_learning.loading": "a dictionary of the reference by its folder, whatever its class",
+        "interop.check": "eight quick checks of dedicated crosscoders",
+        "exchange": "train import | export | check",
         "cli": "train run | plan | resume | measure | compare | methods | show, and those of exchange",
     },
 }
@@ -152,7 +162,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "google_crc32c": ("shared/layout.py", "shared/remote.py"),  # there as bytes arrive
     "obstore": ("shared/remote.py",),  # of the extra `s3`, inside Remote alone
     "transformers": ("shared/models.py",),
-    "huggingface_hub": ("shared/models.py", "harvest/corpus.py"),
+    "huggingface_hub": ("shared/models.py", "harvest/corpus.py", "train/interop/hub.py"),
+    "sae_lens": ("train/interop/hub.py",),  # where it can be had
     "tqdm": ("shared/log.py",),
     "tomli_w": ("shared/config.py",),
     "pydantic": ("*/config.py", "train/filter.py", "train/method.py", "train/methods/*.py"),

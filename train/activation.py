@@ -65,7 +65,7 @@ class Gated(Activation):
         self.magnitude_L.sub_(self.rescale_L.exp() * by_L)
 
     def form(self) -> Form:
-        return Form("gated", rescale_L=self.rescale_L.detach(), magnitude_L=self.magnitude_L.detach())
+        return Form("gated", rescale_L=self.rescale_L, magnitude_L=self.magnitude_L)
 
     def adopt(self, form: Form) -> None:
         assert form.rescale_L is not None and form.magnitude_L is not None
@@ -245,10 +245,11 @@ class BatchTopK(Selecting):
         self.mass.fill_(1.0)
 
     def form(self) -> Form:
-        return Form("batch_topk", self.k, self.threshold[..., self.budgets.group_L])
+        threshold = torch.where(self.mass > 0, self.threshold, -1.0)
+        return Form("batch_topk", self.k, threshold[..., self.budgets.group_L])
 
     def adopt(self, form: Form) -> None:
-        """A threshold below 0 is that of one who has not trained yet."""
+        """A threshold below 0, as `form` gives it, too, is that of one who has not trained yet."""
         assert form.threshold_L is not None
         if (form.threshold_L >= 0).all():
             first = [int(self.budgets.get_buffer(f"latents_{number}")[0]) for number in range(len(self.budgets.ks))]
@@ -310,11 +311,16 @@ class JumpReLU(Activation):
         return SparseCode(entries, *Jump.apply(pre.at(entries, entries.score_K), threshold_K, self.bandwidth))
 
     def form(self) -> Form:
-        return Form("jumprelu", threshold_L=self.threshold_L.detach())
+        return Form("jumprelu", threshold_L=self.threshold_L)
 
     def adopt(self, form: Form) -> None:
         assert form.threshold_L is not None
-        self.log_threshold_L.copy_(form.threshold_L.clamp_min(torch.finfo(torch.float32).tiny).log())
+        self.log_threshold_L.copy_(log_threshold(form.threshold_L))
+
+
+def log_threshold(threshold_L: Tensor) -> Tensor:
+    """Of a threshold of 0, or below it, that of the smallest number."""
+    return threshold_L.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 class Jump(Function):

@@ -319,6 +319,7 @@ def show(
 
 app.command("import")(exchange.import_)
 app.command()(exchange.export)
+app.command()(exchange.check)
 
 
 def _opened(stores: list[str], below: str | None, quiet: bool) -> View:

@@ -295,7 +295,10 @@ class Activation(nn.Module, ABC):
         """Called before each training step, for values that depend on the step alone."""
 
     def form(self) -> Form:
-        """What it does at evaluation. Raises CheckpointError where other libraries have no such activation."""
+        """What it does at evaluation, with the graph of its parameters.
+
+        Raises CheckpointError where other libraries have no such activation.
+        """
         raise CheckpointError("no other library has this activation", type(self).__name__, "Use Dictionary.save")
 
     def adopt(self, form: Form) -> None:

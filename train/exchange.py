@@ -1,4 +1,4 @@
-"""train import | export: dictionaries of other libraries, and ours for them."""
+"""train import | export | check: dictionaries of other libraries, and ours for them."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,27 @@ from typing import Annotated, Any
 import typer
 
 from shared import files, remote
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, TrainingError
 from train import report
 from train.dictionary import Dictionary
-from train.interop import formats
+from train.interop import check as checking
+from train.interop import formats, hub
 from train.interop.formats import Origin
+
+HUB, REGISTRY = "hub:", "sae_lens:"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Out = Annotated[str, typer.Option("--out", help="A new folder for it.")]
 
 
 def import_(
-    path: Annotated[str, typer.Argument(help="A folder of another library, or a file of its weights.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of another library, or a file of its weights; or hub:ORG/NAME[/FOLDER], or"
+            " sae_lens:RELEASE/ID of SAELens' registry."
+        ),
+    ],
     out: Out,
     sources: Annotated[
         str | None,
@@ -40,11 +49,20 @@ def import_(
     folder = Path(remote.local(out, "A dictionary is written to a folder (--out)"))
     if folder.exists():
         raise CheckpointError("this folder is there already", folder, "Give another one (--out)")
-    found = formats.load(remote.local(path, "Copy it here first"), names, kind)
+    found = _found(path, names, kind)
     found.dictionary.save(folder)
     widths = found.dictionary.wiring.widths
     told = {"folder": str(folder), "kind": found.kind, "latents": found.dictionary.latents, "sources": widths}
     _tell({**told, "notes": list(found.notes)}, as_json)
+
+
+def _found(path: str, names: list[str] | None, kind: str | None) -> formats.Found:
+    if path.startswith(REGISTRY):
+        release, _, sae_id = path.removeprefix(REGISTRY).partition("/")
+        return hub.of_registry(release, sae_id, names)
+    if path.startswith(HUB):
+        return formats.load(hub.fetched(path.removeprefix(HUB)), names, kind)
+    return formats.load(remote.local(path, "Copy it here first"), names, kind)
 
 
 def export(
@@ -67,6 +85,24 @@ def export(
     formats.write(made, target := Path(remote.local(out, "Files are written to a folder (--out)")))
     names = [*made.states, *made.tables, *made.texts]
     _tell({"folder": str(target), "kind": made.kind, "files": names, "notes": list(made.notes)}, as_json)
+
+
+def check(as_json: Json = False) -> None:
+    """Eight quick checks of dedicated crosscoders, on this machine: their partition, gradients and steps.
+
+    Example: train check
+    """
+    found = dict(checking.run())
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print(
+            "\n".join(
+                f"{'failed' if wrong else 'ok':<7} {name}{wrong and f': {wrong}'}" for name, wrong in found.items()
+            )
+        )
+    if wrong := [name for name, fault in found.items() if fault]:
+        raise TrainingError("checks failed", f"{len(wrong)} of {len(found)}", "Report them, with your version of torch")
 
 
 def _origins(folder: Path) -> dict[str, Origin]:

@@ -15,6 +15,7 @@ from tests.train.interop import files
 from tests.train.interop.test_saes import random_dictionary
 from train.dictionary import Dictionary
 from train.fit import fit
+from train.interop import check
 
 
 def train(*arguments: str | Path) -> Any:
@@ -91,3 +92,15 @@ def test_a_mistake_is_told(
     done = train(*arguments)
     assert str(done.exception).startswith(message), done.exception
     assert not (tmp_path / "out").exists()
+
+
+def test_checks_are_told_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = train("check")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8 and all(line.startswith("ok      ") for line in lines)
+    monkeypatch.setitem(check.CHECKS, "it has the tensors of the reference", lambda: False)
+    done = train("check")
+    assert done.stdout.splitlines()[0] == "failed  it has the tensors of the reference: it does not hold"
+    assert str(done.exception).startswith("checks failed: 1 of 8.")
+    assert json.loads(train("check", "--json").stdout)["a step of Adam leaves it so"] == ""

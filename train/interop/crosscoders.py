@@ -47,6 +47,7 @@ class Ranking:
     norm: Norm
     alpha: float = 0.1
     unit: float = 1.0
+    alphas: tuple[float, float] = (1.0, 0.1)  # there: of the joint norm and of the sum
 
 
 def is_crosscoder(state: Taken) -> bool:
@@ -70,7 +71,7 @@ def read(state: Taken, sidecar: Sidecar, names: Sequence[str] | None = None) -> 
     bias_SD = state.tensor("decoder.bias", sources, width)
     readers = _readers(state, sidecar, len(encoder), sources)
     form = _form(state, sidecar, latents, sources)
-    ranking, era, notes = _ranking(state, sidecar, form.kind)
+    ranked, era, notes = _ranking(state, sidecar, form.kind)
     scaled, later = normaliser.taken(state, sources, width)
     if later == "E4" and form.kind == "relu":
         way_out = "No description tells what its decoder gave back"
@@ -80,16 +81,30 @@ def read(state: Taken, sidecar: Sidecar, names: Sequence[str] | None = None) -> 
     sizes = partition(state, sidecar, latents)
     state.done()
     names = _named(names, sources)
-    wiring = _wiring(names, [names[n] for n in readers], width, latents, sizes)
-    made = _made(wiring, form, ranking)
+    wiring = wired(names, [names[n] for n in readers], width, latents, sizes)
+    made = _made(wiring, form, ranked)
     _fill(made, encoder, bias_L, decoder, bias_SD, readers, sizes, state)
-    made.activation.adopt(_form_in(made, form, ranking))
+    made.activation.adopt(_form_in(made, form, ranked))
     if scaled is not None:
         made = _scaled(made, scaled)
         notes = (*notes, f"rows are scaled as {later} does")
     kind = "CrossCoder" if form.kind == "relu" else "BatchTopKCrossCoder"
     kind = f"DedicatedFeature{kind.replace('CrossCoder', '')}CrossCoder" if sizes else kind
-    return Found(made.eval().requires_grad_(False), f"{kind}, {later or era}, {ranking.name}", notes)
+    off = torch.full((sources, width), torch.nan)
+    told = {
+        "code_normalization": ranked.name, "alphas": ranked.alphas,
+        "std": off if scaled is None else scaled.std_SD if later == "E7" else even_spreads(made),
+        "target_rms": 1.0 if scaled is None or later != "E7" else scaled.target,
+    }  # fmt: skip
+    return Found(made.eval().requires_grad_(False), f"{kind}, {later or era}, {ranked.name}", notes, told)
+
+
+def even_spreads(made: Dictionary) -> Tensor:
+    """Spreads that are the same for all coordinates and lead to the factor of each source, [S, D]; the target is 1."""
+    width = next(iter(made.wiring.widths.values()))
+    factor_S = torch.stack([made.scale.factor(name).double() for name in made.wiring.widths])
+    even_S = ((factor_S.pow(-2) - normaliser.SMALL) / width).sqrt()
+    return even_S.float()[:, None].expand(-1, width)
 
 
 def _named(names: Sequence[str] | None, sources: int) -> tuple[str, ...]:
@@ -128,30 +143,39 @@ def _ranking(state: Taken, sidecar: Sidecar, kind: str) -> tuple[Ranking, str, t
         told = NORMS.get(number := int(state.plain("code_normalization_id")), (f"number {number}", "sum"))[0]
     elif (named := sidecar.get("code_normalization", "sparsity_loss_type")) is not None:
         told, era = str(named).rsplit(".", 1)[-1].upper(), "E2"
-    elif kind == "relu" or sidecar.arguments:
+    elif kind == "relu" or "activation_dim" in sidecar.arguments:
         told, era, notes = "CROSSCODER", "E1", ("decoder norms are those of E1, CROSSCODER: no file says another",)
     if told is None:
         way_out = "Put its config.json beside it, which has code_normalization or sparsity_loss_type"
         raise CheckpointError("the decoder norm that ranks latents is not in these weights", state.path, way_out)
     if told not in BY_NAME:
         raise CheckpointError("an unknown code normalisation", told, f"Known: {', '.join(BY_NAME)}")
-    if told == "MIXED":
-        return _mixed(state, sidecar), era, notes
-    # Without a selection DECOUPLED weighs codes by the sum of norms, as CROSSCODER does.
-    norm = "sum" if told == "DECOUPLED" and kind == "relu" else BY_NAME[told]
-    return Ranking(told, norm), era, notes
+    alphas = _alphas(state, sidecar) if told == "MIXED" else (1.0, 0.1)
+    return ranking(told, alphas, kind != "relu"), era, notes
 
 
-def _mixed(state: Taken, sidecar: Sidecar) -> Ranking:
-    """alpha_sae x joint + alpha_cc x sum. Raises CheckpointError where no file has the two."""
+def ranking(name: str, alphas: tuple[float, float], ranked: bool) -> Ranking:
+    """By the name of a code normalisation; of MIXED alphas[0] x joint + alphas[1] x sum.
+
+    Where latents are not `ranked` DECOUPLED weighs codes by the sum of norms, as CROSSCODER does.
+    """
+    if name != "MIXED":
+        return Ranking(name, "sum" if name == "DECOUPLED" and not ranked else BY_NAME[name])
+    joint, total = alphas
+    if not (joint > 0 or total > 0):
+        raise CheckpointError("the weights of MIXED leave no norm", f"{joint}, {total}", "One of them is above 0")
+    if joint == 0:
+        return Ranking("MIXED", "sum", unit=total, alphas=alphas)
+    return Ranking("MIXED", "mixed", total / joint, joint, alphas)
+
+
+def _alphas(state: Taken, sidecar: Sidecar) -> tuple[float, float]:
+    """Of the joint norm, and of the sum. Raises CheckpointError where no file has the two."""
     parts = [sidecar.get(f"code_normalization_alpha_{one}", f"sparsity_loss_alpha_{one}") for one in ("sae", "cc")]
     if None in parts:
         way_out = "Put its config.json beside it, which has code_normalization_alpha_sae and _cc"
         raise CheckpointError("the two weights of MIXED are not in these weights", state.path, way_out)
-    joint, total = (float(one) for one in parts)
-    if joint == 0:
-        return Ranking("MIXED", "sum", unit=total)
-    return Ranking("MIXED", "mixed", total / joint, joint)
+    return float(parts[0]), float(parts[1])
 
 
 def partition(state: Taken, sidecar: Sidecar, latents: int) -> tuple[int, int] | None:
@@ -176,7 +200,7 @@ def _cut(latents: int, a: float, b: float) -> tuple[int, int]:
     return int(latents * a), int(latents * b)
 
 
-def _wiring(
+def wired(
     names: tuple[str, ...], readers: list[str], width: int, latents: int, sizes: tuple[int, int] | None
 ) -> Wiring:
     widths = dict.fromkeys(names, width)
@@ -271,7 +295,7 @@ def _kissane(state: Taken, names: Sequence[str] | None) -> Found:
     bias_SD = state.tensor("b_dec", sources, width)
     state.done()
     names = _named(names, sources)
-    made = _made(_wiring(names, list(names), width, latents, None), Form("relu"), Ranking("CROSSCODER", "sum"))
+    made = _made(wired(names, list(names), width, latents, None), Form("relu"), Ranking("CROSSCODER", "sum"))
     _fill(made, encoder, bias_L, decoder.transpose(0, 1), bias_SD, list(range(sources)), None, state)
     note = "its rows were scaled by a number per model, which is not in its files: Dictionary.scale takes them"
     return Found(made.eval().requires_grad_(False), "CrossCoder of Kissane et al.", (note,))

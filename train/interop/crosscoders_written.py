@@ -13,9 +13,8 @@ from torch import Tensor
 
 from shared.errors import CheckpointError
 from train.code import Form
-from train.dictionary import Dictionary, Weights
-from train.interop import normaliser
-from train.interop.crosscoders import BY_NAME, NORMS, SIZES, Ranking, order
+from train.dictionary import Dictionary
+from train.interop.crosscoders import BY_NAME, NORMS, SIZES, Ranking, even_spreads, order
 from train.interop.tensors import State
 from train.pre import Ports
 from train.wiring import Wiring
@@ -35,36 +34,59 @@ def written(dictionary: Dictionary) -> Written:
     """The crosscoder that does the same. Raises CheckpointError where there is none."""
     wiring, form = dictionary.wiring, dictionary.activation.form()
     _require_written(dictionary, form)
-    names, latents = list(wiring.widths), wiring.latents
-    sizes = _sizes(wiring)
-    place_L = torch.argsort(order(latents, sizes))  # of each latent of the file, where it stands here
-    encoder, decoder = (
-        torch.stack([_whole(table, ports, name, wiring)[place_L] for name in names])
-        for table, ports in ((dictionary.encoder, dictionary.reads), (dictionary.decoder, dictionary.writes))
-    )
-    ranking, divided = _ranked(dictionary)
-    state = {
-        "encoder.weight": encoder.transpose(1, 2), "encoder.bias": dictionary.activation.bias_L[place_L],
-        "decoder.bias": torch.stack([dictionary.bias[name] for name in names]), "decoder.weight": decoder,
-        "code_normalization_id": torch.tensor({name: n for n, (name, _) in NORMS.items()}[ranking.name]),
-        **_scale_state(dictionary, names),
-    }  # fmt: skip
+    found, (ranked, divided) = sizes(wiring), _ranked(dictionary)
+    state = {**weights(dictionary, dict(dictionary.named_parameters())), **normaliser_state(dictionary)}
+    state["code_normalization_id"] = torch.tensor({name: n for n, (name, _) in NORMS.items()}[ranked.name])
     arguments: dict[str, Any] = {
-        "activation_dim": wiring.widths[names[0]], "dict_size": latents, "num_layers": len(names),
-        "code_normalization": ranking.name, "code_normalization_alpha_sae": 1.0,
-        "code_normalization_alpha_cc": ranking.alpha, "target_rms": 1.0,
+        **arguments_of(dictionary), "code_normalization": ranked.name, "code_normalization_alpha_sae": 1.0,
+        "code_normalization_alpha_cc": ranked.alpha, "target_rms": 1.0,
     }  # fmt: skip
     if form.kind == "batch_topk":
         assert form.threshold_L is not None
-        thresholds = form.threshold_L[..., 0] * divided
-        state |= {"k": torch.tensor(form.k[0], dtype=torch.int32), "threshold": thresholds}
-        arguments |= {"k": form.k[0]}
+        k, threshold = torch.tensor(form.k[0], dtype=torch.int32), form.threshold_L[..., 0] * divided
+        state, arguments = {**state, "k": k, "threshold": threshold}, {**arguments, "k": form.k[0]}
     kind = "BatchTopKCrossCoder" if form.kind == "batch_topk" else "CrossCoder"
-    if sizes is None:
+    if found is None:
         notes = () if len(wiring.spans) == 1 else ("weights that a span forbids are zeros, which training would fill",)
         return Written(kind, state, arguments, notes)
-    arguments |= {**dict(zip(SIZES, sizes, strict=True)), **_shares(latents, sizes)}
     return Written(f"DedicatedFeature{kind}", state, arguments, ("latents are in the order A | B | shared",))
+
+
+def arguments_of(dictionary: Dictionary) -> dict[str, Any]:
+    """Those of a class that say how large it is, who is read, and which latents are dedicated."""
+    wiring = dictionary.wiring
+    read = [number for number, name in enumerate(wiring.widths) if name in wiring.readers]
+    found: dict[str, Any] = {
+        "activation_dim": next(iter(wiring.widths.values())), "dict_size": wiring.latents,
+        "num_layers": len(wiring.widths), "encoder_layers": None if len(read) == len(wiring.widths) else read,
+    }  # fmt: skip
+    if (own := sizes(wiring)) is not None:
+        found |= {**dict(zip(SIZES, own, strict=True)), **_shares(wiring.latents, own)}
+    return found
+
+
+def weights(dictionary: Dictionary, of: Mapping[str, Tensor | None]) -> State:
+    """The four tensors of a state, of the dictionary's parameters by name, or of their gradients; what is None is 0."""
+    wiring, names = dictionary.wiring, list(dictionary.wiring.widths)
+    place_L = torch.argsort(order(wiring.latents, sizes(wiring))).to(dictionary.activation.bias_L.device)
+
+    def whole(table: str, ports: Mapping[str, Ports], name: str) -> Tensor:
+        value_SD = of.get(f"{table}.{name}")
+        if value_SD is None:
+            return dictionary.activation.bias_L.new_zeros(wiring.latents, wiring.widths[name])
+        return ports[name].spread(value_SD)[place_L]
+
+    def bias(name: str, like: Tensor) -> Tensor:
+        value = of.get(name)
+        return torch.zeros_like(like) if value is None else value
+
+    encoder = torch.stack([whole("encoder", dictionary.reads, name) for name in names if name in wiring.readers])
+    return {
+        "encoder.weight": encoder.transpose(1, 2),
+        "encoder.bias": bias("activation.bias_L", dictionary.activation.bias_L)[place_L],
+        "decoder.bias": torch.stack([bias(f"bias.{name}", dictionary.bias[name]) for name in names]),
+        "decoder.weight": torch.stack([whole("decoder", dictionary.writes, name) for name in names]),
+    }  # fmt: skip
 
 
 def _require_written(dictionary: Dictionary, form: Form) -> None:
@@ -79,20 +101,19 @@ def _require_written(dictionary: Dictionary, form: Form) -> None:
         value = "a skip connection, or a source that is not written"
     elif len(form.k) > 1:
         value = "spans with a k of their own"
-    elif dictionary.folded_WL is not None and dictionary.norm != "none":
-        value, way_out = "a folded one, whose norms are those of other weights", "Export what it was folded from"
     if value:
         raise CheckpointError(what, value, way_out)
+    require_own_norms(dictionary)
 
 
-def _whole(table: Weights, ports: Mapping[str, Ports], name: str, wiring: Wiring) -> Tensor:
-    """A source's matrix over all latents, [L, D], 0 where it has no part."""
-    if name not in table:
-        return torch.zeros(wiring.latents, wiring.widths[name])
-    return ports[name].spread(table[name])
+def require_own_norms(dictionary: Dictionary) -> None:
+    """Raises CheckpointError for a folded one: the norms that rank its latents are those of other weights."""
+    if dictionary.folded_WL is not None and dictionary.norm != "none":
+        what, way_out = "a folded dictionary has no such state", "Take what it was folded from, scaled by source"
+        raise CheckpointError(what, "its norms are those of other weights", way_out)
 
 
-def _sizes(wiring: Wiring) -> tuple[int, int] | None:
+def sizes(wiring: Wiring) -> tuple[int, int] | None:
     """Of a dedicated crosscoder of two sources in the order A | shared | B."""
     names = tuple(wiring.widths)
     ends = [(span.readers, span.writers) for span in wiring.spans]
@@ -113,22 +134,20 @@ def _ranked(dictionary: Dictionary) -> tuple[Ranking, float]:
     return Ranking("CROSSCODER", "sum"), float(writers.pop())
 
 
-def _scale_state(dictionary: Dictionary, names: list[str]) -> State:
+def normaliser_state(dictionary: Dictionary) -> State:
     """The scale as a normaliser whose target is 1. Spreads are even ones that lead to the same factor."""
-    scale = dictionary.scale
-    factor_S = torch.stack([scale.factor(name) for name in names])
-    mean_SD = torch.stack([scale.mean(name) for name in names])
-    even_S = ((factor_S.double().pow(-2) - normaliser.SMALL) / mean_SD.shape[1]).sqrt()
+    scale, names = dictionary.scale, list(dictionary.wiring.widths)
     return {
-        "target_rms": torch.tensor(1.0), "activation_mean": mean_SD,
-        "activation_std": even_S.float()[:, None].expand_as(mean_SD), "activation_global_scale": factor_S,
+        "target_rms": torch.tensor(1.0), "activation_mean": torch.stack([scale.mean(name) for name in names]),
+        "activation_std": even_spreads(dictionary),
+        "activation_global_scale": torch.stack([scale.factor(name) for name in names]),
     }  # fmt: skip
 
 
-def _shares(latents: int, sizes: tuple[int, int]) -> dict[str, float]:
+def _shares(latents: int, own: tuple[int, int]) -> dict[str, float]:
     """Shares that become these sizes when they are cut off."""
     found = []
-    for size in sizes:
+    for size in own:
         share = size / latents
         while int(latents * share) < size:
             share = math.nextafter(share, 1.0)

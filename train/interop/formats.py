@@ -1,6 +1,6 @@
 """Which library a file is of, and how it is read; and how a dictionary is written for one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,17 @@ SINGLE = ("x",)
 TRANSCODER = ("x", "y")
 
 
-def load(path: str | Path, names: Sequence[str] | None = None, kind: str | None = None) -> Found:
+def load(
+    path: str | Path, names: Sequence[str] | None = None, kind: str | None = None,
+    code_normalization: str | None = None,
+) -> Found:  # fmt: skip
     """The dictionary in a file or a folder of another library, in evaluation mode.
 
     path   a folder of SAELens, of sparsify, of a run of dictionary_learning or crosscoder_learning, or as the hub has
            it (config.json, model.safetensors); or one of their files of weights
     names  of its sources, as a store has them; none: x, of a transcoder x and y, of a crosscoder a, b, ...
-    kind   the class of dictionary_learning, where neither the weights nor what lies beside them say it
+    kind, code_normalization  the class of dictionary_learning, and the norm that ranks the latents of a crosscoder,
+           where neither the weights nor what lies beside them say it
 
     Raises CheckpointError for what cannot be read, or lacks what decides its values.
     """
@@ -37,8 +41,9 @@ def load(path: str | Path, names: Sequence[str] | None = None, kind: str | None 
     if file.name in LAYOUT and (file.parent / LAYOUT[file.name]).exists():
         return _of_folder(file, names)
     sidecar = Sidecar.of(file)
-    if kind is not None:
-        sidecar = Sidecar(sidecar.trainer, {**sidecar.arguments, "dict_class": kind})
+    said = {"dict_class": kind, "code_normalization": code_normalization}
+    said = {key: value for key, value in said.items() if value is not None and sidecar.get(key) is None}
+    sidecar = Sidecar(sidecar.trainer, {**said, **sidecar.arguments})
     state, factor = _unpacked(read_state(file))
     taken = Taken(state, file)
     if crosscoders.is_crosscoder(taken):
@@ -73,6 +78,11 @@ def _of_folder(file: Path, names: Sequence[str] | None) -> Found:
         found = sparsify.read(state, config)
         transcodes = bool(config.get("transcode"))
         return Found(_named(found, names, transcodes), f"sparsify, {'transcoder' if transcodes else 'autoencoder'}")
+    return of_sae_lens(state, config, names)
+
+
+def of_sae_lens(state: Taken, config: Mapping[str, Any], names: Sequence[str] | None) -> Found:
+    """Of the state and the table of one of SAELens."""
     kind, found = sae_lens.read(state, config)
     notes = ("codes are those of SAELens: times the length of the decoder's vector",) if found.rescaled else ()
     return Found(_named(found, names, "transcoder" in kind), f"SAELens, {kind}", notes)
@@ -214,11 +224,21 @@ def _to_dictionary_learning(dictionary: Dictionary, origins: dict[str, Origin]) 
 
 def _to_hub(dictionary: Dictionary, origins: dict[str, Origin]) -> Export:
     kind, state, arguments, notes = _reference(dictionary)
+    return for_hub(dictionary, kind, state, arguments, origins, notes)
+
+
+def for_hub(
+    dictionary: Dictionary, kind: str, state: State, arguments: dict[str, Any],
+    origins: dict[str, Origin] | None = None, notes: tuple[str, ...] = (),
+) -> Export:  # fmt: skip
+    """A folder as the hub has it, of a class with this state and these arguments."""
+    origins = origins or {}
     tables = {
         "config.json": {**arguments, "dict_class": kind},
         "trainer_config.json": _trainer(dictionary, kind, arguments, origins),
     }
-    return Export(kind, {HUB: state}, tables, {"README.md": card(dictionary, kind, origins, notes)}, notes)
+    tensors = {name: value for name, value in state.items() if name != crosscoders.PARTITION}  # which a table has
+    return Export(kind, {HUB: tensors}, tables, {"README.md": card(dictionary, kind, origins, notes)}, notes)
 
 
 TARGETS: dict[str, Callable[[Dictionary, dict[str, Origin]], Export]] = {

@@ -17,6 +17,7 @@ class Found:
     dictionary: Dictionary
     kind: str
     notes: tuple[str, ...] = ()
+    told: Mapping[str, Any] = field(default_factory=dict)  # what classes of that library know beside it
 
 
 @dataclass(frozen=True)

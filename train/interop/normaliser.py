@@ -29,19 +29,21 @@ class Normaliser:
 
     mean_SD: Tensor
     factor: Tensor
+    std_SD: Tensor
+    target: float = 1.0
 
 
 def taken(state: Taken, sources: int, width: int) -> tuple[Normaliser | None, str]:
     """The normaliser in a state, none where there is none or it is not in use, and the era that has it so."""
     if OLD[0] in state:
         mean_SD, std_SD = (state.tensor(name).reshape(sources, width) for name in OLD)
-        return Normaliser(mean_SD, 1 / (std_SD + SMALL)), "E4"
+        return Normaliser(mean_SD, 1 / (std_SD + SMALL), std_SD), "E4"
     if NEW[0] not in state:
         return None, ""
     mean_SD, std_SD = (state.tensor(name, finite=False).reshape(sources, width) for name in NEW)
     used = not (mean_SD.isnan().any() or std_SD.isnan().any())
     if "target_rms" not in state:
-        return (Normaliser(mean_SD, 1 / (std_SD + SMALL)) if used else None), "E5"
+        return (Normaliser(mean_SD, 1 / (std_SD + SMALL), std_SD) if used else None), "E5"
     target = state.number("target_rms")
     scale = state.tensor("activation_global_scale", finite=False)
     era = "E7" if scale.shape == (sources,) else "E6"
@@ -53,4 +55,4 @@ def taken(state: Taken, sources: int, width: int) -> tuple[Normaliser | None, st
     if not torch.isfinite(scale).all():
         way_out = "Take a checkpoint that has target_rms and activation_global_scale"
         raise CheckpointError("rows are scaled by what is not a number", state.path, way_out)
-    return Normaliser(mean_SD, scale.reshape(-1).expand(sources)), era
+    return Normaliser(mean_SD, scale.reshape(-1).expand(sources), std_SD, target), era

@@ -5,6 +5,7 @@
 Letters: D width of what is read, E width of what is written, L latents.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from shared.errors import CheckpointError, WiringError
 from train import method as methods
+from train.activation import log_threshold
 from train.code import Form
 from train.dictionary import Dictionary, Norm, create
 from train.scale import Scale
@@ -119,14 +121,26 @@ class Plain:
         norm: Norm = "none" if self.ranked else "sum"
         made, _ = create(wiring, methods.parse(self._method()), Scale(widths), norm, steps=1)
         with torch.no_grad():
-            made.encoder[reader].copy_(self.encoder_LD)
-            made.decoder[writer].copy_(self.decoder_LE)
-            made.bias[writer].copy_(self.bias_E)
-            made.activation.bias_L.copy_(self.bias_L)
+            for name, value in self.parameters(names).items():
+                made.get_parameter(name).copy_(value)
             made.activation.adopt(self.form)
-            if self.skip_ED is not None:
-                made.skip[f"{reader} to {writer}"].copy_(self.skip_ED)
+        made.activation.schedule(sys.maxsize)
         return made.eval().requires_grad_(False)
+
+    def parameters(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Those of the dictionary, by their names in it, with the graph of the matrices."""
+        reader, writer, form = names[0], names[-1], self.form
+        found = {
+            f"encoder.{reader}": self.encoder_LD, f"decoder.{writer}": self.decoder_LE, f"bias.{writer}": self.bias_E,
+            "activation.bias_L": self.bias_L,
+        }  # fmt: skip
+        if self.skip_ED is not None:
+            found[f"skip.{reader} to {writer}"] = self.skip_ED
+        if form.rescale_L is not None and form.magnitude_L is not None:
+            found |= {"activation.rescale_L": form.rescale_L, "activation.magnitude_L": form.magnitude_L}
+        if form.kind == "jumprelu" and form.threshold_L is not None:
+            found["activation.log_threshold_L"] = log_threshold(form.threshold_L)
+        return found
 
     def _method(self) -> dict[str, Any]:
         """The training method whose dictionaries have this form."""

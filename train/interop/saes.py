@@ -171,49 +171,71 @@ def written(found: Plain) -> tuple[str, State]:
     if found.encoder_LD.shape[1] != found.decoder_LE.shape[1] or found.skip_ED is not None:
         raise CheckpointError("dictionary_learning has no transcoders", "a transcoder", "Export it to sae_lens")
     found = found.unranked()
-    kind = "matryoshka" if found.groups else found.form.kind
+    kind = "MatryoshkaBatchTopKSAE" if found.groups else CLASSES[found.form.kind]
+    return kind, state_of(kind, found)
+
+
+def state_of(kind: str, found: Plain) -> State:
+    """The state of a class, with the graph of what it is made of. Raises CheckpointError where spans have their own k
+    or threshold."""
     return WRITERS[kind](found)
 
 
-def _write_relu(found: Plain) -> tuple[str, State]:
-    """AutoEncoderNew, since load_dictionary rescales what is an AutoEncoder."""
-    return "AutoEncoderNew", {
+def _write_auto_encoder(found: Plain) -> State:
+    return {
+        "bias": found.bias_E, "encoder.weight": found.encoder_LD, "encoder.bias": _more(found),
+        "decoder.weight": found.decoder_LE.T,
+    }  # fmt: skip
+
+
+def _write_new(found: Plain) -> State:
+    return {
         "encoder.weight": found.encoder_LD, "encoder.bias": found.bias_L, "decoder.weight": found.decoder_LE.T,
         "decoder.bias": found.bias_E,
     }  # fmt: skip
 
 
-def _write_gated(found: Plain) -> tuple[str, State]:
+def _write_gated(found: Plain) -> State:
     assert found.form.rescale_L is not None and found.form.magnitude_L is not None
     seen_L = found.encoder_LD.double() @ found.bias_E.double()
     magnitude_L = found.form.magnitude_L.double() + found.form.rescale_L.double().exp() * seen_L
-    return "GatedAutoEncoder", {
+    return {
         "decoder_bias": found.bias_E, "r_mag": found.form.rescale_L, "gate_bias": _more(found),
         "mag_bias": magnitude_L.float(), "encoder.weight": found.encoder_LD, "decoder.weight": found.decoder_LE.T,
     }  # fmt: skip
 
 
-def _write_jump(found: Plain) -> tuple[str, State]:
-    return "JumpReluAutoEncoder", {**_named(found, found.bias_L), "threshold": found.form.threshold_L}
+def _write_jump(found: Plain) -> State:
+    return {**_named(found, found.bias_L), "threshold": found.form.threshold_L}
 
 
-def _write_topk(found: Plain) -> tuple[str, State]:
-    return "AutoEncoderTopK", {**_layers(found), **_buffers(found, "AutoEncoderTopK", UNTRAINED)}
+def _write_topk(found: Plain) -> State:
+    return {**_layers(found), **_buffers(found, "AutoEncoderTopK", UNTRAINED)}
 
 
-def _write_batch_topk(found: Plain) -> tuple[str, State]:
-    return "BatchTopKSAE", {**_layers(found), **_buffers(found, "BatchTopKSAE", found.threshold("BatchTopKSAE"))}
+def _write_batch_topk(found: Plain) -> State:
+    return {**_layers(found), **_buffers(found, "BatchTopKSAE", found.threshold("BatchTopKSAE"))}
 
 
-def _write_matryoshka(found: Plain) -> tuple[str, State]:
+def _write_matryoshka(found: Plain) -> State:
     kind = "MatryoshkaBatchTopKSAE"
     buffers = _buffers(found, kind, found.threshold(kind))
-    return kind, {**_named(found, _more(found)), **buffers, "group_sizes": torch.tensor(found.groups)}
+    return {**_named(found, _more(found)), **buffers, "group_sizes": torch.tensor(found.groups)}
 
 
-WRITERS: Mapping[str, Callable[[Plain], tuple[str, State]]] = {
-    "relu": _write_relu, "gated": _write_gated, "jumprelu": _write_jump, "topk": _write_topk,
-    "batch_topk": _write_batch_topk, "matryoshka": _write_matryoshka,
+WRITERS: Mapping[str, Callable[[Plain], State]] = {
+    "AutoEncoder": _write_auto_encoder, "AutoEncoderNew": _write_new, "GatedAutoEncoder": _write_gated,
+    "JumpReluAutoEncoder": _write_jump, "AutoEncoderTopK": _write_topk, "BatchTopKSAE": _write_batch_topk,
+    "MatryoshkaBatchTopKSAE": _write_matryoshka,
+}  # fmt: skip
+FORMS = {
+    "AutoEncoder": "relu", "AutoEncoderNew": "relu", "GatedAutoEncoder": "gated", "JumpReluAutoEncoder": "jumprelu",
+    "AutoEncoderTopK": "topk", "BatchTopKSAE": "batch_topk", "MatryoshkaBatchTopKSAE": "batch_topk",
+}  # fmt: skip
+# The class for a form. Of ReLU not AutoEncoder, which load_dictionary rescales.
+CLASSES = {
+    "relu": "AutoEncoderNew", "gated": "GatedAutoEncoder", "jumprelu": "JumpReluAutoEncoder", "topk": "AutoEncoderTopK",
+    "batch_topk": "BatchTopKSAE",
 }  # fmt: skip
 
 
