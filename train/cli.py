@@ -13,7 +13,7 @@ from shared.errors import CheckpointError, ConfigError, StoreError, TrainingErro
 from shared.mixture import open_mixture
 from shared.view import View
 from train import compare as comparing
-from train import exchange, parallel, report, trackers
+from train import crosscoder, exchange, parallel, report, trackers
 from train import measure as measuring
 from train import method as method_files
 from train.config import LogConfig, ReadConfig, TrainConfig
@@ -320,6 +320,7 @@ def show(
 app.command("import")(exchange.import_)
 app.command()(exchange.export)
 app.command()(exchange.check)
+app.command()(crosscoder.crosscoder)
 
 
 def _opened(stores: list[str], below: str | None, quiet: bool) -> View:

@@ -56,12 +56,40 @@ def resample(trainer: Trainer, store: View, order: Order) -> dict[str, int]:
 def _chosen(trainer: Trainer, store: View, order: Order, counts: Mapping[str, int]) -> dict[str, np.ndarray]:
     """For every span so many rows, drawn by the square of their loss on the sources that it writes to."""
     rows = order.sample(trainer.config.resample.rows, seed=trainer.step)
-    losses, found = row_losses(trainer, store, rows), {}
+    losses = row_losses(trainer, store, rows)
+    return {name: rows[drawn_n] for name, drawn_n in _drawn(trainer, losses, counts).items()}
+
+
+def _drawn(trainer: Trainer, losses: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """For every span the numbers of so many rows, by the square of their losses {source: [N]}."""
+    found = {}
     for number, span in enumerate(trainer.dictionary.wiring.spans):
         loss_N = torch.stack([losses[source] for source in span.writers]).sum(0).numpy()
         key = keyed(trainer.config.seed, BEGIN, trainer.step, number)
-        found[span.name] = rows[weighted(key, np.square(loss_N / max(loss_N.max(), TINY)), counts[span.name])]
+        found[span.name] = weighted(key, np.square(loss_N / max(loss_N.max(), TINY)), counts[span.name])
     return found
+
+
+@torch.no_grad()
+def begin_again_on(trainer: Trainer, x: Mapping[str, Tensor], dead_L: Tensor) -> dict[str, int]:
+    """The same with the raw rows of a batch {source: [B, D]} on one rank: of each span at most so many latents begin
+    again as there are rows. Returns how many do."""
+    dictionary = trainer.dictionary
+    with evaluating(dictionary):
+        out = dictionary(x)
+    losses = {source: (out.target[source] - y_BD).double().square().sum(1).cpu() for source, y_BD in out.y.items()}
+    scaled = {name: dictionary.scale.scaled(name, x_BD) for name, x_BD in x.items()}
+    dead = {span.name: _places(dead_L, dictionary.wiring.slices[span.name]) for span in dictionary.wiring.spans}
+    dead = {name: latents[: out.rows] for name, latents in dead.items()}
+    counts = {name: len(latents) for name, latents in dead.items()}
+    drawn = _drawn(trainer, losses, counts)
+    for span in dictionary.wiring.spans:
+        if counts[span.name]:
+            places = torch.from_numpy(drawn[span.name]).to(dead_L.device)
+            rows = {name: x_BD[places] for name, x_BD in scaled.items()}
+            _begin_again(trainer, span, dead[span.name], ~dead_L, rows)
+            trainer.idle_L[dead[span.name]] = 0
+    return counts
 
 
 def _places(dead_L: Tensor, latents: slice) -> Tensor:

@@ -254,3 +254,13 @@ def final(measured: Mapping[str, Any]) -> dict[str, float]:
     for source, figures in measured["sources"].items():
         whole |= {f"measure/{name}/{source}": value for name, value in figures.items()}
     return {name: value for name, value in whole.items() if value is not None}
+
+
+def watched(project: str, entity: str, group: str | None, told: Mapping[str, Any]) -> Any:
+    """A run of W&B for a loop that logs by itself. Raises ConfigError where it is not installed."""
+    WandB.require(LogConfig())
+    import wandb
+
+    name = told.get("wandb_name")
+    keys = {"project": project or None, "entity": entity or None, "group": group, "name": name}
+    return wandb.init(**keys, config=dict(told), reinit="create_new")

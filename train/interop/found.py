@@ -1,6 +1,6 @@
 """What was found in a file of another library, and what lies beside such files."""
 
-import json
+import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,13 +39,14 @@ class Sidecar:
     def get(self, *names: str) -> Any:
         """The first value that is told under one of these names, none where there is none.
 
-        Trainers have written the arguments of their class as text: "0.1".
+        Trainers have written the arguments of their class as text: "0.1", "None".
         """
         passed = self.trainer.get("dict_class_kwargs") or {}
         for name in names:
             for table in (self.arguments, self.trainer, passed):
-                if table.get(name) is not None:
-                    return _value(table[name]) if table is passed else table[name]
+                value = _value(table.get(name)) if table is passed else table.get(name)
+                if value is not None:
+                    return value
         return None
 
     @property
@@ -57,6 +58,6 @@ class Sidecar:
 
 def _value(told: Any) -> Any:
     try:
-        return json.loads(told) if isinstance(told, str) else told
-    except ValueError:
+        return ast.literal_eval(told) if isinstance(told, str) else told
+    except (ValueError, SyntaxError):
         return told

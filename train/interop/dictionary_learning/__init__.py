@@ -13,6 +13,12 @@ from train.interop.dictionary_learning.autoencoders import (
     JumpReluAutoEncoder,
     MatryoshkaBatchTopKSAE,
 )
+from train.interop.dictionary_learning.caches import (
+    ActivationCache,
+    ActivationCacheTuple,
+    PairedActivationCache,
+    RunningStatWelford,
+)
 from train.interop.dictionary_learning.crosscoders import (
     BatchTopKCrossCoder,
     CodeNormalization,
@@ -24,13 +30,36 @@ from train.interop.dictionary_learning.dedicated import (
     DedicatedFeatureBatchTopKCrossCoder,
     DedicatedFeatureCrossCoder,
 )
+from train.interop.dictionary_learning.evaluation import evaluate
 from train.interop.dictionary_learning.loading import load_dictionary
 from train.interop.dictionary_learning.partition import FeaturePartition
 from train.interop.dictionary_learning.shaped import Dictionary
+from train.interop.dictionary_learning.trainer import LossLog, Trainer
+from train.interop.dictionary_learning.trainers import (
+    BatchTopKCrossCoderTrainer,
+    BatchTopKTrainer,
+    CrossCoderTrainer,
+    GatedAnnealTrainer,
+    GatedSAETrainer,
+    JumpReluTrainer,
+    MatryoshkaBatchTopKTrainer,
+    PAnnealTrainer,
+    SAETrainer,
+    StandardTrainer,
+    StandardTrainerAprilUpdate,
+    TopKTrainer,
+    TrainerJumpRelu,
+    TrainerTopK,
+)
+from train.interop.dictionary_learning.training import trainSAE
 
 __all__ = [
-    "AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKCrossCoder", "BatchTopKSAE", "CodeNormalization",
-    "CrossCoder", "CrossCoderDecoder", "CrossCoderEncoder", "DedicatedFeatureBatchTopKCrossCoder",
-    "DedicatedFeatureCrossCoder", "Dictionary", "FeaturePartition", "GatedAutoEncoder", "IdentityDict",
-    "JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE", "load_dictionary",
+    "ActivationCache", "ActivationCacheTuple", "AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK",
+    "BatchTopKCrossCoder", "BatchTopKCrossCoderTrainer", "BatchTopKSAE", "BatchTopKTrainer", "CodeNormalization",
+    "CrossCoder", "CrossCoderDecoder", "CrossCoderEncoder", "CrossCoderTrainer",
+    "DedicatedFeatureBatchTopKCrossCoder", "DedicatedFeatureCrossCoder", "Dictionary", "FeaturePartition",
+    "GatedAnnealTrainer", "GatedAutoEncoder", "GatedSAETrainer", "IdentityDict", "JumpReluAutoEncoder",
+    "JumpReluTrainer", "LossLog", "MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKTrainer", "PAnnealTrainer",
+    "PairedActivationCache", "RunningStatWelford", "SAETrainer", "StandardTrainer", "StandardTrainerAprilUpdate",
+    "TopKTrainer", "Trainer", "TrainerJumpRelu", "TrainerTopK", "evaluate", "load_dictionary", "trainSAE",
 ]  # fmt: skip

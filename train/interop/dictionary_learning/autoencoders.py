@@ -144,7 +144,7 @@ class JumpReluAutoEncoder(SAE):
         self.apply_b_dec_to_input = False
 
     def encode(self, x: Tensor, output_pre_jump: bool = False) -> Any:
-        x = x - self.core.bias[self._name] if self.apply_b_dec_to_input else x
+        x = x - self.core.bias[self._to] if self.apply_b_dec_to_input else x
         f = self._codes(x)
         return (f, self._h(x)) if output_pre_jump else f
 

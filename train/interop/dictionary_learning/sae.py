@@ -5,7 +5,7 @@ Letters: B rows, D width, L latents.
 
 from abc import ABC
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -43,18 +43,34 @@ class SAE(Shaped, ABC):
 
     def _settle(self) -> None:
         form, wiring = self.core.activation.form(), self.core.wiring
-        if len(wiring.widths) > 1 or saes.FORMS[type(self).__name__] != form.kind:
+        ends = {*wiring.readers, *wiring.writers}
+        if len(ends) > 2 or len(wiring.readers) > 1 or saes.FORMS[type(self).__name__] != form.kind:
             told = f"{form.kind} of {', '.join(wiring.widths)}"
             raise CheckpointError(
                 f"these weights are of no {type(self).__name__}", told, "Load them as their own class"
             )
-        [(self._name, self.activation_dim)] = wiring.widths.items()
+        [self._name], [self._to] = wiring.readers, wiring.writers
+        self.activation_dim = wiring.widths[self._name]
         self.dict_size = wiring.latents
+
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        return (self._name,) if self._name == self._to else (self._name, self._to)
+
+    @torch.no_grad()
+    def reading(self, source: str, writing: str) -> Self:
+        """The same that reads one source and writes another, of the same width: a transcoder. Decoders begin at 0."""
+        core, width = self.core, self.activation_dim
+        wiring = build("transcoder", {source: width, writing: width}, self.dict_size)
+        made, _ = cores.create(wiring, core.method, Scale(wiring.widths), core.norm, steps=1)
+        made.encoder[source].copy_(core.encoder[self._name])
+        made.activation.load_state_dict(core.activation.state_dict())
+        return type(self).around(made)
 
     def _plain(self) -> Plain:
         core = self.core
         form, bias_L = core.activation.form(), core.activation.bias_L
-        encoder, decoder, bias = (table[self._name] for table in (core.encoder, core.decoder, core.bias))
+        encoder, decoder, bias = core.encoder[self._name], core.decoder[self._to], core.bias[self._to]
         return Plain(
             form, encoder, bias_L, decoder, bias, torch.ones_like(bias_L), groups=core.method.nested(core.wiring)
         )
@@ -69,7 +85,7 @@ class SAE(Shaped, ABC):
         return found
 
     def _taken(self, state: Mapping[str, Any]) -> cores.Dictionary:
-        return self._read(state).dictionary((self._name,))
+        return self._read(state).dictionary(self._ends)
 
     def _gradient(self, name: str) -> Tensor | None:
         """By the chain rule from those of the weights, which are functions of the state."""
@@ -77,7 +93,7 @@ class SAE(Shaped, ABC):
         state = {n: v.requires_grad_() if v.is_floating_point() and v.ndim else v for n, v in self.state_dict().items()}
         if not isinstance(state[name], Tensor) or not state[name].requires_grad:
             return None
-        made = self._read(state).parameters((self._name,))
+        made = self._read(state).parameters(self._ends)
         pairs = [(value, core.get_parameter(n).grad) for n, value in made.items() if value.requires_grad]
         pairs = [(value, gradient) for value, gradient in pairs if gradient is not None]
         if not pairs:
@@ -111,7 +127,7 @@ class SAE(Shaped, ABC):
 
     def decode(self, f: Tensor) -> Tensor:
         weights = self.core.activation.bias_L
-        y_BD = self.core.decode(f.reshape(-1, self.dict_size).to(weights.dtype))[self._name]
+        y_BD = self.core.decode(f.reshape(-1, self.dict_size).to(weights.dtype))[self._to]
         return y_BD.view(*f.shape[:-1], self.activation_dim)
 
     def scale_biases(self, scale: float) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ConfigError
 from train import dictionary as cores
 from train.interop import formats, hub
 from train.interop.dictionary_learning.shown import Shown
@@ -120,6 +120,15 @@ class Shaped(Dictionary, ABC):
             way_out = f"It has {tuple(there.shape)}"
             raise CheckpointError("a tensor of another shape", f"{name}: {tuple(given.shape)}", way_out)
         self.load_state_dict({**self.state_dict(), name: given})
+
+    @classmethod
+    def require(cls, made: Any) -> Self:
+        """The same. Raises ConfigError for what is no such dictionary of this package."""
+        if not issubclass(type(made), cls):
+            way_out = "Derive a trainer from Trainer, with a loss of your own"
+            raise ConfigError("this trainer trains dictionaries of this package", type(made).__name__, way_out)
+        found: Self = made
+        return found
 
     # --- codes --------------------------------------------------------------------------------------------------
 
