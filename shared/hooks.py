@@ -190,6 +190,41 @@ def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[Run]:
         yield run
 
 
+@contextmanager
+def splice(model: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside of the block, what passes at a site is what `change` makes of it. Whatever else a module takes or gives
+    stays as it is."""
+    module = model.get_submodule(site.module)
+
+    def taking(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change(unwrap(args[0], site.name)), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(unwrap(kwargs.get("hidden_states"), site.name))}
+
+    def giving(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        changed = change(unwrap(output, site.name))
+        if isinstance(output, tuple | list):
+            return type(output)([changed, *output[1:]])
+        return changed
+
+    if site.side == "in":
+        handle = module.register_forward_pre_hook(taking, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(giving)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """The path of a module in a model. Raises SiteError where it is none of its."""
+    for path, one in model.named_modules():
+        if one is module:
+            return path
+    raise SiteError("this module is none of the model's", type(module).__name__, "Give one of model.named_modules()")
+
+
 def _reader(site: Site, caught: dict[str, Tensor], wanted: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _catch(site, args[0] if args else kwargs.get("hidden_states"), caught, wanted)

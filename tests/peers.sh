@@ -5,7 +5,7 @@
 set -uo pipefail
 own="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
-for asked in dictionary-learning==0.1.0 eai-sparsify==1.3.3 sae-lens==6.54.12; do
+for asked in dictionary-learning==0.1.0 eai-sparsify==1.3.3 sae-lens==6.54.12 nnsight==0.8.1; do
     place="$1/${asked%%==*}"
     [ -e "$place/installed" ] && continue
     rm -rf "$place"

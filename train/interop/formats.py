@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shared import files
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ConfigError
 from train.dictionary import CONFIG, WEIGHTS, Dictionary
 from train.interop import crosscoders, crosscoders_written, plain, sae_lens, saes, sparsify
 from train.interop.found import Found, Sidecar
@@ -129,10 +129,11 @@ class Export:
 def export(dictionary: Dictionary, to: str, origins: dict[str, Origin] | None = None) -> Export:
     """What a library needs to have this dictionary: sae_lens, sparsify, dictionary_learning, hub.
 
-    `origins` are those of its sources. Raises CheckpointError or WiringError where it has no such dictionary.
+    `origins` are those of its sources. Raises CheckpointError or WiringError where it has no such dictionary,
+    ConfigError for a library of another name.
     """
     if to not in TARGETS:
-        raise CheckpointError("no library of this name", to, f"Choose one of {', '.join(TARGETS)}")
+        raise ConfigError("no library of this name", to, f"Choose one of {', '.join(TARGETS)}")
     return TARGETS[to](dictionary, origins or {})
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.errors import CheckpointError, WiringError
+from shared.errors import CheckpointError, ConfigError, WiringError
 from tests import cases
 from tests.train.interop import files
 from tests.train.interop.files import D, File, K, L, number
@@ -209,7 +209,7 @@ def test_what_has_no_class_there_is_refused() -> None:
     made, _ = random_dictionary("batch_topk", "crosscoder")
     with pytest.raises(CheckpointError, match="one width"):
         formats.export(made, "hub")
-    with pytest.raises(CheckpointError, match="no library of this name"):
+    with pytest.raises(ConfigError, match="no library of this name"):
         formats.export(made, "lens")
 
 

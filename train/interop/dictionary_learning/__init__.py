@@ -13,6 +13,11 @@ from train.interop.dictionary_learning.autoencoders import (
     JumpReluAutoEncoder,
     MatryoshkaBatchTopKSAE,
 )
+from train.interop.dictionary_learning.buffers import (
+    ActivationBuffer,
+    HeadActivationBuffer,
+    NNsightActivationBuffer,
+)
 from train.interop.dictionary_learning.caches import (
     ActivationCache,
     ActivationCacheTuple,
@@ -30,7 +35,7 @@ from train.interop.dictionary_learning.dedicated import (
     DedicatedFeatureBatchTopKCrossCoder,
     DedicatedFeatureCrossCoder,
 )
-from train.interop.dictionary_learning.evaluation import evaluate
+from train.interop.dictionary_learning.evaluation import evaluate, loss_recovered
 from train.interop.dictionary_learning.loading import load_dictionary
 from train.interop.dictionary_learning.partition import FeaturePartition
 from train.interop.dictionary_learning.shaped import Dictionary
@@ -54,12 +59,13 @@ from train.interop.dictionary_learning.trainers import (
 from train.interop.dictionary_learning.training import trainSAE
 
 __all__ = [
-    "ActivationCache", "ActivationCacheTuple", "AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK",
-    "BatchTopKCrossCoder", "BatchTopKCrossCoderTrainer", "BatchTopKSAE", "BatchTopKTrainer", "CodeNormalization",
-    "CrossCoder", "CrossCoderDecoder", "CrossCoderEncoder", "CrossCoderTrainer",
+    "ActivationBuffer", "ActivationCache", "ActivationCacheTuple", "AutoEncoder", "AutoEncoderNew",
+    "AutoEncoderTopK", "BatchTopKCrossCoder", "BatchTopKCrossCoderTrainer", "BatchTopKSAE", "BatchTopKTrainer",
+    "CodeNormalization", "CrossCoder", "CrossCoderDecoder", "CrossCoderEncoder", "CrossCoderTrainer",
     "DedicatedFeatureBatchTopKCrossCoder", "DedicatedFeatureCrossCoder", "Dictionary", "FeaturePartition",
-    "GatedAnnealTrainer", "GatedAutoEncoder", "GatedSAETrainer", "IdentityDict", "JumpReluAutoEncoder",
-    "JumpReluTrainer", "LossLog", "MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKTrainer", "PAnnealTrainer",
-    "PairedActivationCache", "RunningStatWelford", "SAETrainer", "StandardTrainer", "StandardTrainerAprilUpdate",
-    "TopKTrainer", "Trainer", "TrainerJumpRelu", "TrainerTopK", "evaluate", "load_dictionary", "trainSAE",
+    "GatedAnnealTrainer", "GatedAutoEncoder", "GatedSAETrainer", "HeadActivationBuffer", "IdentityDict",
+    "JumpReluAutoEncoder", "JumpReluTrainer", "LossLog", "MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKTrainer",
+    "NNsightActivationBuffer", "PAnnealTrainer", "PairedActivationCache", "RunningStatWelford", "SAETrainer",
+    "StandardTrainer", "StandardTrainerAprilUpdate", "TopKTrainer", "Trainer", "TrainerJumpRelu", "TrainerTopK",
+    "evaluate", "load_dictionary", "loss_recovered", "trainSAE",
 ]  # fmt: skip

@@ -3,7 +3,8 @@
 Letters: B rows, S sources, D width, L latents.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
+from shared.live import Tap, losses
+from train.interop.dictionary_learning.buffers import Buffer, bare, tokenizer_of
 
 SPECIFIC = 0.9  # of the relative decoder norm, from which a latent counts as a source's own (crosscoder_learning)
 
@@ -59,8 +62,54 @@ def evaluate(
     cossim, l2_ratio           mean of the cosine of x and x_hat, and of |x_hat| / |x|
     relative_reconstruction_bias  sum of |x_hat|^2 / sum of x . x_hat
 
-    Raises ConfigError where no batch comes.
+    Of a live buffer also loss_original, loss_reconstructed, loss_zero and frac_recovered (loss_recovered), over as many
+    batches of its next texts. Raises ConfigError where no batch comes.
     """
+    found = _of_rows(dictionary, activations, device, normalize_batch, n_batches)
+    if not issubclass(type(activations), Buffer):
+        return found
+    buffer: Any = activations
+    parts = []
+    for _ in range(n_batches):
+        try:
+            texts = buffer.text_batch()[:batch_size]
+        except StopIteration:
+            break
+        parts.append(_recovered(buffer.tap, texts, dictionary, max_len, normalize_batch))
+    if not parts:
+        return found
+    original, rebuilt, zero = (sum(each) / len(parts) for each in zip(*parts, strict=True))
+    told = {"loss_original": original, "loss_reconstructed": rebuilt, "loss_zero": zero}
+    return {**found, **told, "frac_recovered": (rebuilt - zero) / (original - zero)}
+
+
+def loss_recovered(
+    text: Sequence[Any], model: Any, submodule: Any, dictionary: nn.Module, max_len: int | None = None,
+    normalize_batch: bool = False, io: Any = "out", tracer_args: Any = None, tokenizer: Any = None,
+) -> tuple[float, float, float]:  # fmt: skip
+    """The next token's cross entropy on texts (padding apart): as the model is, with what a dictionary makes of the
+    rows in their place, and with zeros there. `io` in_to_out: what it makes of a module's input stands for its output.
+    """
+    tap = Tap(bare(model), bare(submodule), tokenizer_of(model, tokenizer), io, max_len or 10**6)
+    return _recovered(tap, text, dictionary, max_len, normalize_batch)
+
+
+def _recovered(
+    tap: Tap, texts: Sequence[Any], dictionary: nn.Module, max_len: int | None, normalize: bool
+) -> tuple[float, float, float]:
+    tap = replace(tap, length=max_len or tap.length, heads=None)
+
+    def change(x_BTD: Tensor) -> Tensor:
+        by = x_BTD.shape[-1] ** 0.5 / x_BTD.float().norm(dim=-1).mean() if normalize else 1.0
+        made: Tensor = dictionary(x_BTD * by)
+        return made / by
+
+    return losses(tap, texts, change)
+
+
+def _of_rows(
+    dictionary: nn.Module, activations: Iterable[Any], device: Any, normalize_batch: bool, n_batches: int
+) -> dict[str, float]:
     sums: list[Sums] = []
     alive_L, l1, l0, rows = None, 0.0, 0.0, 0
     for given in islice(iter(activations), n_batches):
