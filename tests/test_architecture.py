@@ -145,6 +145,7 @@ MODULES: dict[str, dict[str, str]] = {
         "interop.dictionary_learning.dedicated": "its dedicated feature crosscoders",
         "interop.dictionary_learning.loading": "a dictionary of the reference by its folder, whatever its class",
         "interop.dictionary_learning.recipes": "what its trainers minimise, in terms of ours",
+        "interop.dictionary_learning.loose": "dictionaries of a user's own, trained by terms of ours",
         "interop.dictionary_learning.trainer": "a trainer of any kind, and those that are ours",
         "interop.dictionary_learning.trainers": "its trainers by name",
         "interop.dictionary_learning.buffers": "its live buffers",

@@ -154,7 +154,7 @@ def test_rows_beyond_31_bits_of_a_table_are_found() -> None:
 
 
 @pytest.mark.parametrize("method", ["topk", "batch_topk"])
-@pytest.mark.parametrize("case", ["autoencoder", "dedicated"])
+@pytest.mark.parametrize("case", ["autoencoder", pytest.param("dedicated", marks=pytest.mark.slow)])
 def test_whole_steps_are_those_of_torch_and_have_the_same_bits_every_time(case: str, method: str, ask: Ask) -> None:
     calls = ask("0")
     by_torch, wanted = updated(case, method)

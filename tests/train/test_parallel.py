@@ -316,7 +316,10 @@ def whole(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("rank", "how"), [(0, "killed"), (1, "killed"), (0, "memory"), (1, "memory")])
+WITH_TIME = [pytest.param(*one, marks=pytest.mark.slow) for one in ((1, "killed"), (0, "memory"))]
+
+
+@pytest.mark.parametrize(("rank", "how"), [(0, "killed"), (1, "memory"), *WITH_TIME])
 def test_where_one_rank_is_lost_no_other_waits_and_all_go_on_to_the_same_bits(
     store: Store, whole: Path, tmp_path: Path, rank: int, how: str
 ) -> None:

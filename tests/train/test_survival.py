@@ -89,6 +89,7 @@ def sweep_or_go_on(store: Path, place: Path) -> None:
         sweep(store, SWEEP, place, quiet=True)
 
 
+@pytest.mark.slow
 def test_kill_9_of_a_sweep(tmp_path: Path) -> None:
     store = make_store(tmp_path / "pair.zarr", rows=2000, sources={"a": 24, "b": 16}, documents=40).path
     whole = begun(IMPORTED, sweep_or_go_on, store, tmp_path / "whole")

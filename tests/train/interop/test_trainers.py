@@ -20,6 +20,7 @@ from train.interop.dictionary_learning import (
     AutoEncoderTopK,
     BatchTopKCrossCoderTrainer,
     BatchTopKTrainer,
+    ConstrainedAdam,
     CrossCoderTrainer,
     DedicatedFeatureBatchTopKCrossCoder,
     Dictionary,
@@ -303,7 +304,7 @@ def test_an_argument_that_it_does_not_have_is_told_with_the_nearest() -> None:
         TopKTrainer(activation_dim=D)
     with pytest.raises(ConfigError, match="p_end 0"):
         made("PAnnealTrainer", p_end=0)
-    with pytest.raises(ConfigError, match="Derive a trainer from Trainer"):
+    with pytest.raises(ConfigError, match="this is no such dictionary: Linear"):
         made("StandardTrainer", dict_class=nn.Linear)
 
 
@@ -428,6 +429,55 @@ class Mine(Dictionary):
     def forward(self, x: Tensor, output_features: bool = False) -> Any:
         f = self.encode(x)
         return (self.decode(f), f) if output_features else self.decode(f)
+
+
+class Linear(Mine):
+    """Another one, with the decoder that a constraint needs."""
+
+    def __init__(self, activation_dim: int, dict_size: int, bias: bool = True) -> None:
+        super().__init__(activation_dim, dict_size)
+        self.decoder = nn.Linear(dict_size, activation_dim, bias=bias)
+
+    def decode(self, f: Tensor) -> Tensor:
+        return self.decoder(f)
+
+
+@pytest.mark.parametrize("name", ["StandardTrainer", "StandardTrainerAprilUpdate", "PAnnealTrainer"])
+def test_a_dictionary_of_ones_own_is_trained_by_trainers_that_ask_for_codes_alone(name: str, tmp_path: Path) -> None:
+    data = [next(planted(seed=n)) for n in range(STEPS)]
+    config = {
+        "trainer": getattr(reference, name), **COMMON, **ONE[name], "dict_class": Linear,
+        "dict_class_kwargs": {"bias": False},
+    }  # fmt: skip
+    ae = trainSAE(data, config, save_dir=tmp_path, log_steps=20)
+    assert type(ae) is Linear and evaluate(ae, [next(planted(seed=99))])["frac_variance_explained"] > 0.3
+    if name != "StandardTrainerAprilUpdate":
+        torch.testing.assert_close(ae.decoder.weight.norm(dim=0).detach(), torch.ones(L))
+    table = json.loads((tmp_path / "config.json").read_text())["trainer"]
+    assert (table["dict_class"], table["dict_class_kwargs"]) == ("Linear", {"bias": "False"})
+
+
+def test_what_a_trainer_cannot_do_with_a_dictionary_of_ones_own_is_told() -> None:
+    with pytest.raises(ConfigError, match="looks at the weights of a dictionary: aux"):
+        made("TopKTrainer", dict_class=lambda d, n, k: Linear(d, n))
+    with pytest.raises(ConfigError, match=r"decoder vectors at the length 1: no decoder"):
+        made("StandardTrainer", dict_class=Mine)
+    trainer = made("StandardTrainerAprilUpdate", dict_class=Mine, resample_steps=2)
+    with pytest.raises(ConfigError, match="resample_steps 2"):
+        trainer.update(0, next(planted()))
+
+
+def test_a_constrained_adam_moves_along_the_sphere() -> None:
+    """One step from the axes: the gradient's part along a column is gone, and the column's length is 1 again."""
+    decoder = nn.Parameter(torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
+    free = nn.Parameter(torch.zeros(1))
+    adam = ConstrainedAdam([decoder, free], [decoder], lr=0.1)
+    assert decoder.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    (5 * decoder[0, 0] + 2 * decoder[1, 0] + free.sum()).backward()
+    adam.step()
+    assert decoder.grad is not None and decoder.grad.tolist() == [[0.0, 0.0], [2.0, 0.0]]
+    torch.testing.assert_close(decoder[:, 0].detach(), torch.tensor([1.0, -0.1]) / 1.01**0.5)
+    assert float(free.detach()) == pytest.approx(-0.1)
 
 
 class MyTrainer(Trainer):

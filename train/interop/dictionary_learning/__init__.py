@@ -37,6 +37,7 @@ from train.interop.dictionary_learning.dedicated import (
 )
 from train.interop.dictionary_learning.evaluation import evaluate, loss_recovered
 from train.interop.dictionary_learning.loading import load_dictionary
+from train.interop.dictionary_learning.loose import ConstrainedAdam
 from train.interop.dictionary_learning.partition import FeaturePartition
 from train.interop.dictionary_learning.shaped import Dictionary
 from train.interop.dictionary_learning.trainer import LossLog, Trainer
@@ -61,11 +62,11 @@ from train.interop.dictionary_learning.training import trainSAE
 __all__ = [
     "ActivationBuffer", "ActivationCache", "ActivationCacheTuple", "AutoEncoder", "AutoEncoderNew",
     "AutoEncoderTopK", "BatchTopKCrossCoder", "BatchTopKCrossCoderTrainer", "BatchTopKSAE", "BatchTopKTrainer",
-    "CodeNormalization", "CrossCoder", "CrossCoderDecoder", "CrossCoderEncoder", "CrossCoderTrainer",
-    "DedicatedFeatureBatchTopKCrossCoder", "DedicatedFeatureCrossCoder", "Dictionary", "FeaturePartition",
-    "GatedAnnealTrainer", "GatedAutoEncoder", "GatedSAETrainer", "HeadActivationBuffer", "IdentityDict",
-    "JumpReluAutoEncoder", "JumpReluTrainer", "LossLog", "MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKTrainer",
-    "NNsightActivationBuffer", "PAnnealTrainer", "PairedActivationCache", "RunningStatWelford", "SAETrainer",
-    "StandardTrainer", "StandardTrainerAprilUpdate", "TopKTrainer", "Trainer", "TrainerJumpRelu", "TrainerTopK",
-    "evaluate", "load_dictionary", "loss_recovered", "trainSAE",
+    "CodeNormalization", "ConstrainedAdam", "CrossCoder", "CrossCoderDecoder", "CrossCoderEncoder",
+    "CrossCoderTrainer", "DedicatedFeatureBatchTopKCrossCoder", "DedicatedFeatureCrossCoder", "Dictionary",
+    "FeaturePartition", "GatedAnnealTrainer", "GatedAutoEncoder", "GatedSAETrainer", "HeadActivationBuffer",
+    "IdentityDict", "JumpReluAutoEncoder", "JumpReluTrainer", "LossLog", "MatryoshkaBatchTopKSAE",
+    "MatryoshkaBatchTopKTrainer", "NNsightActivationBuffer", "PAnnealTrainer", "PairedActivationCache",
+    "RunningStatWelford", "SAETrainer", "StandardTrainer", "StandardTrainerAprilUpdate", "TopKTrainer", "Trainer",
+    "TrainerJumpRelu", "TrainerTopK", "evaluate", "load_dictionary", "loss_recovered", "trainSAE",
 ]  # fmt: skip

@@ -48,6 +48,15 @@ class Dictionary(nn.Module, ABC):
         """One that was saved. A class of one's own says how."""
         raise NotImplementedError(f"{cls.__name__}.from_pretrained")
 
+    @classmethod
+    def require(cls, made: Any) -> Self:
+        """The same. Raises ConfigError for what is none of this class."""
+        if not issubclass(type(made), cls):
+            way_out = "Derive a trainer from Trainer, with a loss of your own"
+            raise ConfigError("this is no such dictionary", type(made).__name__, way_out)
+        found: Self = made
+        return found
+
 
 class Shaped(Dictionary, ABC):
     """One of ours in the shapes of the reference. `shown` names the tensors of its state."""
@@ -120,15 +129,6 @@ class Shaped(Dictionary, ABC):
             way_out = f"It has {tuple(there.shape)}"
             raise CheckpointError("a tensor of another shape", f"{name}: {tuple(given.shape)}", way_out)
         self.load_state_dict({**self.state_dict(), name: given})
-
-    @classmethod
-    def require(cls, made: Any) -> Self:
-        """The same. Raises ConfigError for what is no such dictionary of this package."""
-        if not issubclass(type(made), cls):
-            way_out = "Derive a trainer from Trainer, with a loss of your own"
-            raise ConfigError("this trainer trains dictionaries of this package", type(made).__name__, way_out)
-        found: Self = made
-        return found
 
     # --- codes --------------------------------------------------------------------------------------------------
 

@@ -15,9 +15,10 @@ from shared.config import unknown
 from shared.device import device_of
 from shared.errors import ConfigError, RowsError
 from train.code import Forward
+from train.interop.dictionary_learning.loose import Loose
 from train.interop.dictionary_learning.recipes import Recipe, trainer
 from train.interop.dictionary_learning.sae import SAE
-from train.interop.dictionary_learning.shaped import Shaped
+from train.interop.dictionary_learning.shaped import Dictionary, Shaped
 from train.objective import Now
 from train.resample import begin_again_on
 from train.scale import geometric_median
@@ -89,9 +90,15 @@ class Built(Trainer, ABC):
             self.recipe_of(asked), steps=asked.steps, warmup=asked.warmup_steps, decay_start=asked.decay_start
         )
         self.lr = self.recipe.lr
-        self.ae: Shaped = asked.made().to(device_of("auto") if asked.device is None else asked.device)
-        self.core = trainer(self.ae.core, self.recipe)
-        self.ae.core = self.core.dictionary
+        self.ae: Any = asked.made().to(device_of("auto") if asked.device is None else asked.device)
+        self.core: Any
+        self.ours = issubclass(type(self.ae), Shaped)
+        if self.ours:
+            core: Any = self.ae.core
+            self.core = trainer(core, self.recipe)
+            self.ae.core = self.core.dictionary
+        else:
+            self.core = Loose(self.ae, self.recipe, asked.activation_dim, asked.dict_size)
         self.device = self.core.idle_L.device
         self.last: dict[str, Tensor] = {}
 
@@ -101,7 +108,7 @@ class Built(Trainer, ABC):
 
     def _rows(self, x: Any) -> dict[str, Tensor]:
         """{source: [B, D]} of a batch: [B, D]; of crosscoders [B, S, D]; of transcoders a pair, or [B, 2, D]."""
-        widths = self.ae.core.wiring.widths
+        widths = self.ae.core.wiring.widths if self.ours else ("x",)
         if len(widths) == 1:
             rows = [x]
         else:
@@ -112,22 +119,24 @@ class Built(Trainer, ABC):
 
     def loss(self, x: Any, step: int | None = None, logging: bool = False, **keys: Any) -> Any:
         """Of a batch as training sees it (`use_threshold`: as evaluation does). Changes nothing."""
-        core, rows = self.ae.core, self._rows(x)
+        rows, now = self._rows(x), Now(self.core.step if step is None else step, self.core.dead_L)
+        if not self.ours:
+            return self._valued(rows, self.core(rows), None, now, logging)
+        core = self.ae.core
         training = core.training
         core.train(not keys.get("use_threshold", False))
         try:
-            out = core(rows)
-            now = Now(self.core.step if step is None else step, self.core.dead_L)
-            values = {term.name: term(core, out, now) for term in self.core.terms}
-            parts = [term.weight(now.step) * values[term.name] for term in self.core.terms]
-            value = torch.stack(parts).sum()
+            return self._valued(rows, core(rows), core, now, logging)
         finally:
             core.train(training)
+
+    def _valued(self, rows: Mapping[str, Tensor], out: Forward, core: Any, now: Now, logging: bool) -> Any:
+        values = {term.name: term(core, out, now) for term in self.core.terms}
+        value = torch.stack([term.weight(now.step) * values[term.name] for term in self.core.terms]).sum()
         return self._logged(rows, out, {**values, "loss": value}) if logging else value
 
     @torch.no_grad()
     def _logged(self, rows: Mapping[str, Tensor], out: Forward, values: Mapping[str, Tensor]) -> LossLog:
-        core = self.ae.core
         f_BL = out.code.dense()
         norm_L = out.norm_L.sum(0) if out.norm_L.ndim > 1 else out.norm_L
         errors = [out.target[source] - y_BD for source, y_BD in out.y.items()]
@@ -141,7 +150,9 @@ class Built(Trainer, ABC):
         for name in ("l1", "lp", "price"):
             if name in values:
                 losses["sparsity_loss"] = values[name]
-        y = {source: core.scale.raw(source, y_BD) for source, y_BD in out.y.items()}
+        y = out.y
+        if self.ours:
+            y = {source: self.ae.core.scale.raw(source, y_BD) for source, y_BD in y.items()}
         x_hat = torch.stack(list(y.values()), 1) if len(y) > 1 else next(iter(y.values()))
         x = torch.stack(list(rows.values()), 1) if len(rows) > 1 else next(iter(rows.values()))
         return LossLog(x, x_hat, f_BL, {name: float(value) for name, value in losses.items()})
@@ -154,6 +165,10 @@ class Built(Trainer, ABC):
             point = {name: geometric_median(scale.scaled(name, rows[name])) for name in writers}
             self.ae.core.begin_at({name: one.to(rows[name]) for name, one in point.items()})
         every = self.asked.resample_steps
+        if every and not issubclass(type(self.ae), Shaped):
+            raise unlike(
+                "resample_steps", every, "Latents of a dictionary of your own cannot be told apart: leave it out"
+            )
         if every and step and step % every == 0:
             begin_again_on(self.core, rows, self.core.idle_L >= every // 2 * len(next(iter(rows.values()))))
         self.core.step = step
@@ -182,7 +197,7 @@ class Built(Trainer, ABC):
 
     @property
     def k_current_value(self) -> int:
-        return int(self.ae.core.activation.counts[0])  # type: ignore[index]
+        return int(self.ae.core.activation.counts[0])
 
     @property
     def config(self) -> dict[str, Any]:
@@ -192,8 +207,8 @@ class Built(Trainer, ABC):
         return {
             "trainer_class": type(self).__name__, **plain, "dict_class": type(self.ae).__name__, **sizes,
             "dict_class_kwargs": {n: str(v) for n, v in (self.asked.dict_class_kwargs or {}).items()},
-            **{n: v for n, v in self.ae._arguments().items() if n not in sizes}, "device": str(self.device),
-            "granary_method": self.ae.core.method.model_dump(mode="json"),
+            **{n: v for n, v in (self.ae._arguments() if self.ours else {}).items() if n not in sizes},
+            "device": str(self.device), "granary_method": self.recipe.method,
         }  # fmt: skip
 
 
@@ -220,10 +235,10 @@ class Arguments:
     compile: bool = False
     transcoder: bool = False  # batches are pairs: what is read, and what is to be written
 
-    def made(self) -> Shaped:
-        """The dictionary to train. Raises ConfigError for a class that is none of this package."""
+    def made(self) -> nn.Module:
+        """The dictionary to train. Raises ConfigError for a class that is no dictionary."""
         if self.pretrained_ae is not None:
-            return Shaped.require(self.pretrained_ae)
+            return Dictionary.require(self.pretrained_ae)
         found = self.fresh(**{**self.sized(), **(self.dict_class_kwargs or {})})
         return SAE.require(found).reading("x", "y") if self.transcoder else found
 
@@ -231,8 +246,8 @@ class Arguments:
         """Arguments of the dictionary beside its width and latents."""
         return {}
 
-    def fresh(self, **keys: Any) -> Shaped:
-        return Shaped.require(self.dict_class(self.activation_dim, self.dict_size, **keys))
+    def fresh(self, **keys: Any) -> nn.Module:
+        return Dictionary.require(self.dict_class(self.activation_dim, self.dict_size, **keys))
 
 
 def _parsed(kind: type[Arguments], keys: Mapping[str, Any]) -> Arguments:

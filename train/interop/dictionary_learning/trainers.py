@@ -9,7 +9,7 @@ Letters: D width, L latents, k latents of a row.
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.interop.dictionary_learning.autoencoders import (
     AutoEncoder,
@@ -313,7 +313,7 @@ class Crossing(Arguments):
     activation_std: Tensor | None = None
     target_rms: float = 1.0
 
-    def made(self) -> Shaped:
+    def made(self) -> nn.Module:
         if self.pretrained_ae is not None:
             return Shaped.require(self.pretrained_ae)
         scale = {"activation_mean": self.activation_mean, "activation_std": self.activation_std}
@@ -350,7 +350,7 @@ class Batched(Crossing, BatchTopK):
     steps: int
     dict_class: Any = BatchTopKCrossCoder
 
-    def made(self) -> Shaped:
+    def made(self) -> nn.Module:
         return Crossing.made(self)
 
 
