@@ -133,6 +133,7 @@ def sites(
 
 for command in (upkeep.status, upkeep.ls, upkeep.verify, upkeep.repair, upkeep.pack, upkeep.pull, upkeep.inspect):
     app.command()(command)
+app.command("import")(upkeep.import_)
 
 
 def _part(text: str | None) -> work.Part | None:

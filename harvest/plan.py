@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from harvest.config import HarvestConfig
+from harvest.config import HarvestConfig, StoreConfig
 from harvest.draft import Piece
 from shared.errors import AlignmentError
 from shared.flags import HELD_OUT
@@ -52,7 +52,7 @@ def build(
     if not rows:
         why = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in skipped.items() if count)
         raise AlignmentError("no row came of the corpus", why or "no document", "Check rows.align and the tokenizers")
-    sizes = shard_sizes(rows, sources, config)
+    sizes = shard_sizes(rows, sources, config.store)
     tables = _tables(pieces, models, columns, order_d[seen["rows"] > 0], room)
     tables |= _batches(tables, models, sizes["shard_rows"], config.batch.tokens)
     read = {name: int(seen[f"{name}/read"].sum()) for name in models}
@@ -86,14 +86,14 @@ def notes(summary: Mapping[str, Any], config: HarvestConfig) -> list[str]:
     return said
 
 
-def shard_sizes(rows: int, sources: Sequence[Source], config: HarvestConfig) -> dict[str, int]:
+def shard_sizes(rows: int, sources: Sequence[Source], store: StoreConfig) -> dict[str, int]:
     """Rows per chunk (a power of two, by the widest source's bytes) and per shard (by the largest unit's bytes)."""
     widest = 2 * max(source.width for source in sources)
     unit = max(
         sum(2 * source.width for source in sources if source.model == model) for model in {s.model for s in sources}
     )
-    chunk = 2 ** max(0, (config.store.chunk_bytes // widest).bit_length() - 1)
-    most = max(chunk, config.store.shard_bytes // unit // chunk * chunk)
+    chunk = 2 ** max(0, (store.chunk_bytes // widest).bit_length() - 1)
+    most = max(chunk, store.shard_bytes // unit // chunk * chunk)
     evenly = -(-rows // -(-rows // most))  # as many shards as needed, of nearly one size
     shard = -(-evenly // chunk) * chunk
     return {"chunk_rows": chunk, "shard_rows": shard, "shards": -(-rows // shard)}

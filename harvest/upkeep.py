@@ -1,4 +1,4 @@
-"""The commands that look after stores: status | ls | verify | repair | pack | pull | inspect."""
+"""The commands that look after stores: status | ls | verify | repair | pack | pull | import | inspect."""
 
 import json
 from collections.abc import Iterator
@@ -8,14 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from harvest import bench, check, destination, overview, work
+from harvest import adopt as adopting
+from harvest import bench, check, destination, lock, overview, work
 from harvest import inspect as view
 from harvest import pack as packing
-from harvest.config import StoreConfig
+from harvest.config import RowsConfig, StoreConfig
 from harvest.console import Json, Settings, config_of, resumable, show
 from harvest.job import prepare
 from shared import codec as codecs
+from shared import config as configs
 from shared import models, remote
+from shared.collected import Collected
 from shared.errors import ConfigError
 from shared.log import Log
 from shared.store import Store
@@ -156,6 +159,42 @@ def pack(
     with Log(quiet=as_json) as log, resumable(out):
         result = packing.pack(Store.open(store), out, found, log)
     print(json.dumps(result) if as_json else "\n".join(packing.lines(result)))
+
+
+def import_(
+    caches: Annotated[
+        list[str], typer.Argument(metavar="SOURCE=FOLDER", help="A cache (layer_13_out), and a name for its rows.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="STORE", help="Where the store goes.")],
+    held_out: Annotated[float, typer.Option(min=0, max=0.99, help="Share of sequences that no run trains on.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="By which they are drawn.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    nonfinite: Annotated[str, typer.Option(help="fail, or mask: such rows are flagged and never served.")] = "fail",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Make a store of caches that dictionary_learning's ActivationCache has collected, all of the same tokens.
+
+    Their tokens and sequences must have been kept; tokens are compared, and every row is looked at. A sequence counts
+    as a document. What a store knows beside rows (models, special tokens, texts) it does not have: first rows of
+    sequences are flagged. A call that was stopped is gone on with.
+
+    Example: harvest import base=activations/gemma-2-2b/fineweb/layer_13_out
+    chat=activations/gemma-2-2b-it/fineweb/layer_13_out --out pair.zarr
+    """
+    folders = {}
+    for text in caches:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path) or name in folders:
+            raise ConfigError("a cache is given as SOURCE=FOLDER, each name once", text, "Example: base=layer_13_out")
+        folders[name] = Collected(Path(path).expanduser())
+    told = {"path": str(out), "dtype": dtype, "nonfinite": nonfinite}
+    asked, rows = configs.parse(StoreConfig, told), configs.parse(RowsConfig, {"held_out": held_out, "seed": seed})
+    with Log(quiet=as_json) as log, resumable(out), lock.hold(out, lambda text: log.event("lock", text)):
+        made = adopting.adopt(adopting.gathered(folders), asked, rows, log)
+    sources = {name: f"{one.site}, width {one.width}" for name, one in made.header.sources.items()}
+    kept = {key: made.header.plan[key] for key in ("rows", "documents", "documents_held_out", "shards", "dtype")}
+    factors = {name: made.factor(name) for name in made.header.sources}
+    show({"store": str(out), "id": made.header.id, "sources": sources, **kept, "scale_factor": factors}, as_json)
 
 
 def inspect(

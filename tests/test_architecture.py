@@ -42,6 +42,7 @@ MODULES: dict[str, dict[str, str]] = {
         "verify": "is a store sound: receipts and sizes, or every checksum",
         "models": "models and tokenizers from a folder, a GGUF file, a package or a hub id",
         "hooks": "sites of a model, and capture of what passes there",
+        "collected": "folders that dictionary_learning's ActivationCache has written",
         "live": "rows of a model while it runs: a pool that texts refill, and losses with rows changed",
         "log": "one stream of events: a JSONL file, and a console that is a view of it",
         "remote": "stores at a URL: objects read, written and listed; a whole store copied to this machine",
@@ -72,8 +73,9 @@ MODULES: dict[str, dict[str, str]] = {
         "check": "a sample of rows, run again and decoded",
         "overview": "what stores there are, how far they are, which runs used them",
         "pack": "a finished store once more, its activations compressed",
+        "adopt": "caches of dictionary_learning -> a store",
         "console": "options and results of the commands",
-        "upkeep": "harvest status | ls | verify | repair | pack | pull | inspect",
+        "upkeep": "harvest status | ls | verify | repair | pack | pull | import | inspect",
         "cli": "harvest run | plan | sites, and those of upkeep",
     },
     "train": {

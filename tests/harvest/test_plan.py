@@ -480,7 +480,7 @@ def test_a_stream_counts_so_far_as_its_rows_are_wanted_however_far_it_was_read(
 @settings(deadline=None)
 def test_sizes_follow_from_bytes(rows: int, widths: list[tuple[str, int]], chunk: int, shard: int) -> None:
     sources = [Source(str(number), model, "resid.1", width) for number, (model, width) in enumerate(widths)]
-    made = plan.shard_sizes(rows, sources, config(store={"chunk_bytes": chunk, "shard_bytes": shard}))
+    made = plan.shard_sizes(rows, sources, config(store={"chunk_bytes": chunk, "shard_bytes": shard}).store)
     chunk_rows, shard_rows, shards = made["chunk_rows"], made["shard_rows"], made["shards"]
     widest = 2 * max(width for _, width in widths)
     unit = max(sum(2 * width for model, width in widths if model == one) for one, _ in widths)
@@ -496,8 +496,8 @@ def test_sizes_follow_from_bytes(rows: int, widths: list[tuple[str, int]], chunk
 
 def test_sizes_of_a_usual_store() -> None:
     sources = [Source("a", "a", "resid.1", 576), Source("b", "b", "resid.1", 640)]
-    assert plan.shard_sizes(40_000, sources, config()) == {"chunk_rows": 1024, "shard_rows": 40_960, "shards": 1}
-    assert plan.shard_sizes(10_000_000, sources, config()) == {
+    assert plan.shard_sizes(40_000, sources, config().store) == {"chunk_rows": 1024, "shard_rows": 40_960, "shards": 1}
+    assert plan.shard_sizes(10_000_000, sources, config().store) == {
         "chunk_rows": 1024, "shard_rows": 833_536, "shards": 12,
     }  # fmt: skip
 

@@ -1,13 +1,9 @@
 """Rows of a cache by number: of a source of a store, or of a folder that dictionary_learning's ActivationCache has
-written.
-
-    <folder>/shard_<i>.memmap   raw rows of shard i        shard_<i>.meta   {"shape": [n, D], "dtype": "torch.float16"}
-    <folder>/config.json        what it was made with        tokens.pt, sequence_ranges.pt   there, or one level above
+written (shared.collected).
 
 Letters: N rows, B rows that are asked for, D width.
 """
 
-import re
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +14,12 @@ import torch
 from torch import Tensor
 
 from shared import layout
-from shared.errors import StoreDamagedError, StoreError
+from shared.collected import Collected
+from shared.errors import StoreError
 from shared.moments import CLASSES, Moments
 from shared.store import Store
 from shared.view import View
-from train.interop.tensors import read_table
 
-DTYPES: dict[str, tuple[np.dtype[Any], torch.dtype]] = {
-    "torch.float16": (np.dtype("<f2"), torch.float16), "torch.bfloat16": (np.dtype("<i2"), torch.bfloat16),
-    "torch.float32": (np.dtype("<f4"), torch.float32), "torch.float64": (np.dtype("<f8"), torch.float64),
-    "torch.int8": (np.dtype("i1"), torch.int8),
-}  # fmt: skip
-OLDEST = "torch.float32"  # of a .meta without a dtype
 PIECE = 65_536  # rows that are read at once for statistics
 
 
@@ -70,67 +60,23 @@ class Folder(Rows):
     """A folder of an ActivationCache. Raises StoreError where it is none, StoreDamagedError where it is torn."""
 
     def __init__(self, path: Path) -> None:
-        found = {
-            int(m[1]): file for file in path.glob("shard_*.meta") if (m := re.fullmatch(r"shard_(\d+)", file.stem))
-        }
-        if not found:
-            raise StoreError("no activations here", path, "Give a store, or a folder with shard_0.memmap and .meta")
-        if sorted(found) != list(range(len(found))):
-            lacking = min(set(range(len(found) + 1)) - set(found))
-            raise StoreDamagedError("a shard is missing", path / f"shard_{lacking}.meta", "Collect it again")
-        self.path = path
-        self._maps = [self._map(found[n]) for n in range(len(found))]
-        shapes = {(one.shape[1], one.dtype) for one in self._maps}
-        if len(shapes) > 1:
-            raise StoreDamagedError("shards of several kinds", path, "They are of several runs: collect it again")
-        self.width = self._maps[0].shape[1]
-        self._ends = np.cumsum([len(one) for one in self._maps])
-        self.count = int(self._ends[-1])
-        if (told := self.config.get("total_size")) not in (None, self.count):
-            raise StoreDamagedError("rows are missing", f"{self.count:,} of {told:,} in {path}", "Collect it again")
-
-    def _map(self, meta: Path) -> np.ndarray:
-        told = read_table(meta)
-        name = str(told.get("dtype", OLDEST))
-        if name not in DTYPES or len(told.get("shape", ())) != 2:
-            raise StoreDamagedError("a shard of an unknown kind", f"{name} in {meta}", f"Known: {', '.join(DTYPES)}")
-        stored, self.dtype = DTYPES[name]
-        file, (rows, width) = meta.with_suffix(".memmap"), told["shape"]
-        size = file.stat().st_size if file.exists() else 0
-        if size != rows * width * stored.itemsize:
-            value = f"{file} has {size:,} bytes of {rows * width * stored.itemsize:,}"
-            raise StoreDamagedError("a shard is torn", value, "Collect it again")
-        return np.memmap(file, stored, "r", shape=(rows, width))
+        self._of = Collected(path)
+        self.path, self.count, self.width, self.dtype = path, self._of.count, self._of.width, self._of.dtype
 
     def take(self, rows_B: np.ndarray) -> Tensor:
-        out_BD = np.empty((len(rows_B), self.width), self._maps[0].dtype)
-        shard_B = np.searchsorted(self._ends, rows_B, side="right")
-        for shard in np.unique(shard_B):
-            own_n = np.flatnonzero(shard_B == shard)
-            own_n = own_n[np.argsort(rows_B[own_n], kind="stable")]  # in file order
-            first = self._ends[shard] - len(self._maps[shard])
-            out_BD[own_n] = self._maps[shard][rows_B[own_n] - first]
-        found = torch.from_numpy(out_BD)
-        return found.view(torch.bfloat16) if self.dtype == torch.bfloat16 else found
+        return self._of.take(rows_B)
 
-    @cached_property
+    @property
     def tokens(self) -> Tensor | None:
-        return self._beside("tokens.pt", self.count)
+        return self._of.tokens
 
-    @cached_property
+    @property
     def ranges(self) -> Tensor | None:
-        return self._beside("sequence_ranges.pt", None)
+        return self._of.ranges
 
-    def _beside(self, name: str, length: int | None) -> Tensor | None:
-        """A tensor in the folder, or above it. Raises StoreDamagedError for one of another length."""
-        for place in (self.path / name, self.path.parent / name):
-            if place.exists():
-                found: Tensor = torch.load(place, map_location="cpu", weights_only=True)
-                if length is not None and len(found) != length:
-                    value = f"{len(found):,} in {place} for {length:,} rows"
-                    raise StoreDamagedError("tokens are of other rows", value, "Collect it again")
-                return found
-        return None
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._of.config
 
     @cached_property
     def moments(self) -> Moments:
@@ -139,10 +85,6 @@ class Folder(Rows):
         for start in range(0, self.count, PIECE):
             total = total.merge(Moments.of(self.take(np.arange(start, min(start + PIECE, self.count)))))
         return total
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return read_table(self.path / "config.json")
 
 
 class OfStore(Rows):
