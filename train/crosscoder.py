@@ -1,6 +1,7 @@
 """train crosscoder: the command line of crosscoder_learning, on stores and on its own caches."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -9,12 +10,13 @@ import typer
 
 from shared.errors import ConfigError
 from train.interop.dictionary_learning.crosscoders import BatchTopKCrossCoder, CodeNormalization, CrossCoder
+from train.interop.dictionary_learning.evaluation import evaluate
 from train.interop.dictionary_learning.pairs import Pairs, found
 from train.interop.dictionary_learning.trainers import BatchTopKCrossCoderTrainer, CrossCoderTrainer
 from train.interop.dictionary_learning.training import trainSAE
 
 VALIDATION_BATCH, LOG_STEPS = 8192, 50
-KINDS = ("relu", "batch-top-k")
+LENGTHS = {"relu": 0.005, "batch-top-k": 1.0}  # of fresh vectors, as the script has them
 
 Option = typer.Option
 
@@ -38,7 +40,7 @@ def crosscoder(
     use_mse_loss: Annotated[bool, Option(help="Squared errors (relu).")] = False,
     normalize: Annotated[bool, Option(help="Scale rows by their mean and spread; a pass over them.")] = False,
     same_init_for_all_layers: Annotated[bool, Option(help="Both models begin with the same vectors.")] = False,
-    norm_init_scale: Annotated[float | None, Option(help="Length of fresh vectors.")] = None,
+    norm_init_scale: Annotated[float | None, Option(help="Length of fresh vectors; none: 0.005 (relu), 1.")] = None,
     init_with_transpose: Annotated[bool, Option(help="Decoders begin as the encoders.")] = True,
     encoder_layers: Annotated[list[int] | None, Option(help="Models that are read, 0 or 1; none: both.")] = None,
     resample_steps: Annotated[int | None, Option(help="Between which dead latents begin again.")] = None,
@@ -68,8 +70,8 @@ def crosscoder(
 
 def _train(asked: Any) -> None:
     """What the options ask for."""
-    if asked.type_ not in KINDS:
-        raise ConfigError("wrong value for --type", asked.type_, f"Give {' or '.join(KINDS)}")
+    if asked.type_ not in LENGTHS:
+        raise ConfigError("wrong value for --type", asked.type_, f"Give {' or '.join(LENGTHS)}")
     names = (asked.base_model, asked.instruct_model)
     folder = asked.save_dir / (asked.run_name or _named(asked))
     if folder.exists():
@@ -84,6 +86,8 @@ def _train(asked: Any) -> None:
         use_wandb=bool(asked.wandb_entity or asked.wandb_project) and not asked.disable_wandb,
         wandb_entity=asked.wandb_entity, wandb_project=asked.wandb_project,
     )  # fmt: skip
+    if not evaluate(ae, pairs.shuffled(asked.batch_size, asked.seed, 1), device=next(ae.parameters()).device)["l0"]:
+        print("no latent fires any more: lower --mu or --lr, or --normalize the rows", file=sys.stderr)
     print(json.dumps({"folder": str(folder), "dict_class": type(ae).__name__, "dict_size": ae.dict_size, **logs}))
 
 
@@ -96,7 +100,8 @@ def _config(asked: Any, pairs: Pairs, steps: int) -> dict[str, Any]:
     """The config of trainSAE."""
     keys = {
         "same_init_for_all_layers": asked.same_init_for_all_layers, "init_with_transpose": asked.init_with_transpose,
-        "encoder_layers": asked.encoder_layers or None, "norm_init_scale": asked.norm_init_scale,
+        "encoder_layers": asked.encoder_layers or None,
+        "norm_init_scale": asked.norm_init_scale or LENGTHS[asked.type_],
         "code_normalization": CodeNormalization.from_string(asked.code_normalization),
     }  # fmt: skip
     config: dict[str, Any] = {

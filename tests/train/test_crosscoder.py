@@ -106,6 +106,12 @@ def test_a_crosscoder_goes_on_where_another_one_was(store: Path, tmp_path: Path)
     torch.testing.assert_close(first(x), second(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_crosscoder_that_has_died_is_told(store: Path, tmp_path: Path) -> None:
+    common = ("--activation-store-dir", store, "--base-model", "base", "--instruct-model", "chat", *FLAGS)
+    done = train(*common, "--mu", 1e4, "--max-steps", 60, "--save-dir", tmp_path)
+    assert done.exit_code == 0 and "no latent fires any more" in done.stderr
+
+
 def test_every_row_is_learnt_from_once_an_epoch_and_the_last_sequences_are_held_out(folders: Path) -> None:
     pairs = found(folders, "gemma", "gemma-it", 13, None)
     held = int(pairs.held_N.sum())
