@@ -254,6 +254,9 @@ class BatchTopK(Selecting):
         if (form.threshold_L >= 0).all():
             first = [int(self.budgets.get_buffer(f"latents_{number}")[0]) for number in range(len(self.budgets.ks))]
             self.set_threshold(form.threshold_L[..., first])
+        else:
+            self.mean.zero_()
+            self.mass.zero_()
 
     def forward(self, pre: Pre, norm_L: Tensor) -> Code:
         if pre.kernels.micro_batch is None:

@@ -226,6 +226,24 @@ def test_batch_topk_has_k_of_a_row_on_the_mean_or_a_threshold() -> None:
     assert made.core.training == made.training
 
 
+def test_a_threshold_and_k_are_put_without_a_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    alphas = {"code_normalization_alpha_sae": ALPHAS[0], "code_normalization_alpha_cc": ALPHAS[1]}
+    made: list[Any] = [fresh("AutoEncoderTopK"), fresh("BatchTopKSAE"), fresh("MatryoshkaBatchTopKSAE")]
+    made += [BatchTopKCrossCoder(D, L, 2, k=K, code_normalization=norm, **alphas) for norm in NORM_IDS]
+    for one in made:
+        split = one.threshold.ndim == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(type(one), "_state", None)
+            one.threshold = torch.tensor([0.5, 0.25]) if split else 0.5
+            one.k = 7
+            assert int(one.k) == 7 and float(one.threshold.max()) == 0.5
+        state = one.state_dict()
+        assert int(state["k"]) == 7
+        torch.testing.assert_close(state["threshold"], torch.tensor([0.5, 0.25]) if split else torch.tensor(0.5))
+        one.threshold = -torch.ones_like(state["threshold"])  # as before it was ever set
+        assert (one.threshold == -1).all()
+
+
 def test_matryoshka_has_codes_of_its_active_groups() -> None:
     made, x = MatryoshkaBatchTopKSAE(D, L, K, [8, 12, 20]), torch.randn(B, D)
     whole = made.encode(x)

@@ -205,6 +205,15 @@ class AutoEncoderTopK(KeepingK):
     def _state(self) -> State:
         return {**super()._state(), "threshold": self._threshold}
 
+    def _small(self) -> State:
+        return {**super()._small(), "threshold": self._threshold}
+
+    def _put_small(self, name: str, given: Tensor) -> bool:
+        if name == "threshold":
+            self._threshold.copy_(given)
+            return True
+        return super()._put_small(name, given)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         found = super().load_state_dict(state_dict, strict, assign)
         self._threshold.copy_(torch.as_tensor(state_dict.get("threshold", self._threshold)))

@@ -172,18 +172,26 @@ class CrossCoder(Shaped):
     def _state(self) -> State:
         written.require_own_norms(self.core)
         state = written.weights(self.core, dict(self.core.named_parameters()))
-        state |= {"code_normalization_id": torch.tensor(self._norm.value), "target_rms": torch.tensor(self._target)}
         scaled, off = written.normaliser_state(self.core), torch.full_like(self._std, torch.nan)
         used = self.has_activation_normalizer
         state |= {"activation_mean": scaled["activation_mean"] if used else off, "activation_std": self._std}
         ones_S = torch.ones(self.num_layers)
         state["activation_global_scale"] = scaled["activation_global_scale"] if used else ones_S
+        return {**state, **self._small()}
+
+    def _small(self) -> State:
+        found: State = {
+            "code_normalization_id": torch.tensor(self._norm.value), "target_rms": torch.tensor(self._target),
+        }  # fmt: skip
         form = self.core.activation.form()
         if form.threshold_L is None:
-            return state
+            return found
         own = form.threshold_L[..., 0]
         threshold = torch.where(own < 0, UNTRAINED, own * self._unit)
-        return {**state, "k": torch.tensor(form.k[0], dtype=torch.int32), "threshold": threshold}
+        return {**found, "k": torch.tensor(form.k[0], dtype=torch.int32), "threshold": threshold}
+
+    def _put_small(self, name: str, given: Tensor) -> bool:
+        return super()._put_small(name, given / self._unit if name == "threshold" else given)
 
     @property
     def _unit(self) -> float:

@@ -78,6 +78,13 @@ class SAE(Shaped, ABC):
     def _state(self) -> State:
         return saes.state_of(type(self).__name__, self._plain())
 
+    def _small(self) -> State:
+        form, groups = self.core.activation.form(), self.core.method.nested(self.core.wiring)
+        found: State = {"k": torch.tensor(form.k[0], dtype=torch.int32)} if form.k else {}
+        if form.kind == "batch_topk" and form.threshold_L is not None:
+            found["threshold"] = form.threshold_L[0]
+        return {**found, "group_sizes": torch.tensor(groups)} if groups else found
+
     def _read(self, state: Mapping[str, Any]) -> Plain:
         taken = Taken({name.removeprefix(COMPILED): value for name, value in state.items()}, HERE)
         found, _ = saes.READERS[type(self).__name__](taken, Sidecar(arguments=self._arguments()))

@@ -11,6 +11,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -76,6 +77,10 @@ class Shaped(Dictionary, ABC):
         """Its tensors by the reference's names, in its shapes, with the graph of the weights."""
 
     @abstractmethod
+    def _small(self) -> State:
+        """Those of its state that are no weights: to be had without a copy of these."""
+
+    @abstractmethod
     def _taken(self, state: Mapping[str, Any]) -> cores.Dictionary:
         """The dictionary of a state. Raises CheckpointError for one of another kind."""
 
@@ -119,16 +124,34 @@ class Shaped(Dictionary, ABC):
 
     def tensor(self, name: str) -> Tensor:
         """One of the tensors of its state, to look at and to compute with."""
-        return Shown.of(self._state()[name].clone(), f"{type(self).__name__}.{name}", lambda: self._gradient(name))
+        small = self._small()
+        value = small[name] if name in small else self._state()[name]
+        return Shown.of(value.clone(), f"{type(self).__name__}.{name}", lambda: self._gradient(name))
 
     def put(self, name: str, value: Any) -> None:
         """Put a tensor, or a number, where the state has one of this name. Raises CheckpointError for another shape."""
-        there = self.state_dict()[name]
+        small = self._small()
+        there = small[name] if name in small else self.state_dict()[name]
         given = torch.as_tensor(value, dtype=there.dtype, device=there.device).detach()
         if given.shape != there.shape:
             way_out = f"It has {tuple(there.shape)}"
             raise CheckpointError("a tensor of another shape", f"{name}: {tuple(given.shape)}", way_out)
-        self.load_state_dict({**self.state_dict(), name: given})
+        if not (name in small and self._put_small(name, given)):
+            self.load_state_dict({**self.state_dict(), name: given})
+
+    @torch.no_grad()
+    def _put_small(self, name: str, given: Tensor) -> bool:
+        """Put k or a threshold where it belongs, if it is one that latents are selected by."""
+        form = self.core.activation.form()
+        if name == "k":
+            set_k(self.core, int(given))
+        elif name == "threshold" and form.kind == "batch_topk":
+            assert form.threshold_L is not None
+            each = given[..., None].to(form.threshold_L).expand_as(form.threshold_L)
+            self.core.activation.adopt(replace(form, threshold_L=each))
+        else:
+            return False
+        return True
 
     # --- codes --------------------------------------------------------------------------------------------------
 
