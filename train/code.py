@@ -246,7 +246,7 @@ class Form:
     relu        f = relu(h)
     gated       f = 1[h > 0] x relu(exp(rescale) x (h - b) + magnitude), b: the bias of a latent
     jumprelu    f = h x 1[h > threshold]
-    topk        f = relu(h) where h x norm is among the k largest of the row
+    topk        f = relu(h) where h x norm is among the k largest of the row (of other libraries' with a threshold, too)
     batch_topk  f = relu(h) where h x norm > threshold
 
     `k` is that of every budget. A threshold is [L], or [writers, L] where every writer selects for itself.

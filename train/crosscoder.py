@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from shared.errors import ConfigError
-from train.interop.dictionary_learning.crosscoders import BatchTopKCrossCoder, CodeNormalization, CrossCoder
+from train.interop.dictionary_learning.codes import CodeNormalization
+from train.interop.dictionary_learning.crosscoders import BatchTopKCrossCoder, CrossCoder
 from train.interop.dictionary_learning.evaluation import evaluate
 from train.interop.dictionary_learning.pairs import Pairs, found
 from train.interop.dictionary_learning.trainers import BatchTopKCrossCoderTrainer, CrossCoderTrainer
@@ -36,7 +37,9 @@ def crosscoder(
     k_max: Annotated[int | None, Option(help="k at the first step.")] = None,
     k_annealing_steps: Annotated[int, Option(help="Steps from k-max to k.")] = 0,
     auxk_alpha: Annotated[float, Option(help="Weight of AuxK (batch-top-k).")] = 1 / 32,
-    code_normalization: Annotated[str, Option(help="crosscoder, sae, mixed, none or decoupled.")] = "crosscoder",
+    code_normalization: Annotated[
+        str | None, Option(help="crosscoder, sae, mixed, none or decoupled; none: crosscoder, or as pretrained.")
+    ] = None,
     use_mse_loss: Annotated[bool, Option(help="Squared errors (relu).")] = False,
     normalize: Annotated[bool, Option(help="Scale rows by their mean and spread; a pass over them.")] = False,
     same_init_for_all_layers: Annotated[bool, Option(help="Both models begin with the same vectors.")] = False,
@@ -102,7 +105,7 @@ def _config(asked: Any, pairs: Pairs, steps: int) -> dict[str, Any]:
         "same_init_for_all_layers": asked.same_init_for_all_layers, "init_with_transpose": asked.init_with_transpose,
         "encoder_layers": asked.encoder_layers or None,
         "norm_init_scale": asked.norm_init_scale or LENGTHS[asked.type_],
-        "code_normalization": CodeNormalization.from_string(asked.code_normalization),
+        "code_normalization": CodeNormalization.from_string(asked.code_normalization or "crosscoder"),
     }  # fmt: skip
     config: dict[str, Any] = {
         "activation_dim": pairs.width, "dict_size": asked.expansion_factor * pairs.width, "lr": asked.lr,
@@ -112,7 +115,8 @@ def _config(asked: Any, pairs: Pairs, steps: int) -> dict[str, Any]:
     }  # fmt: skip
     kind: Any = CrossCoder if asked.type_ == "relu" else BatchTopKCrossCoder
     if asked.pretrained is not None:
-        config["pretrained_ae"] = kind.from_pretrained(asked.pretrained)
+        del config["dict_class_kwargs"]
+        config["pretrained_ae"] = _pretrained(asked, kind)
     if asked.normalize:
         mean, std = pairs.spread()
         config |= {"activation_mean": mean.float(), "activation_std": std.float()}
@@ -122,3 +126,15 @@ def _config(asked: Any, pairs: Pairs, steps: int) -> dict[str, Any]:
         **config, "trainer": BatchTopKCrossCoderTrainer, "k": asked.k, "k_max": asked.k_max,
         "k_annealing_steps": asked.k_annealing_steps, "auxk_alpha": asked.auxk_alpha,
     }  # fmt: skip
+
+
+def _pretrained(asked: Any, kind: Any) -> Any:
+    """What --pretrained names. Raises ConfigError for an option that asks for another one."""
+    fresh = ("encoder_layers", "norm_init_scale", "same_init_for_all_layers")
+    if given := [f"--{name.replace('_', '-')}" for name in fresh if getattr(asked, name)]:
+        raise ConfigError("an option of fresh weights beside --pretrained", given[0], "Leave it out")
+    norm = asked.code_normalization
+    made = kind.from_pretrained(asked.pretrained, code_normalization=norm)
+    if norm is not None and made.code_normalization != CodeNormalization.from_string(norm):
+        raise ConfigError("--pretrained has another --code-normalization", made.code_normalization.name, "Leave it out")
+    return made

@@ -25,15 +25,15 @@ TRANSCODER = ("x", "y")
 
 def load(
     path: str | Path, names: Sequence[str] | None = None, kind: str | None = None,
-    code_normalization: str | None = None,
+    code_normalization: str | None = None, k: int | None = None,
 ) -> Found:  # fmt: skip
     """The dictionary in a file or a folder of another library, in evaluation mode.
 
     path   a folder of SAELens, of sparsify, of a run of dictionary_learning or crosscoder_learning, or as the hub has
            it (config.json, model.safetensors); or one of their files of weights
     names  of its sources, as a store has them; none: x, of a transcoder x and y, of a crosscoder a, b, ...
-    kind, code_normalization  the class of dictionary_learning, and the norm that ranks the latents of a crosscoder,
-           where neither the weights nor what lies beside them say it
+    kind, code_normalization, k  the class of dictionary_learning, the norm that ranks the latents of a crosscoder, and
+           how many are kept, where neither the weights nor what lies beside them say it
 
     Raises CheckpointError for what cannot be read, or lacks what decides its values.
     """
@@ -41,7 +41,7 @@ def load(
     if file.name in LAYOUT and (file.parent / LAYOUT[file.name]).exists():
         return _of_folder(file, names)
     sidecar = Sidecar.of(file)
-    said = {"dict_class": kind, "code_normalization": code_normalization}
+    said = {"dict_class": kind, "code_normalization": code_normalization, "k": k}
     said = {key: value for key, value in said.items() if value is not None and sidecar.get(key) is None}
     sidecar = Sidecar(sidecar.trainer, {**said, **sidecar.arguments})
     state, factor = _unpacked(read_state(file))
@@ -52,7 +52,7 @@ def load(
     if factor is not None:
         found = found.over(torch.zeros_like(found.bias_E), torch.tensor(1 / factor))
         notes = (*notes, f"a backup of a run: rows are divided by {factor:.6g}, which is folded into the weights")
-    return Found(_named(found, names), told, notes)
+    return Found(_named(found, names), told, notes, {"form": found.form})
 
 
 def _weights(path: Path) -> Path:
@@ -142,12 +142,18 @@ def write(made: Export, folder: Path) -> None:
     if folder.exists():
         raise CheckpointError("this folder is there already", folder, "Give another one")
     with files.folder_atomic(folder) as temporary:
-        for name, state in made.states.items():
-            write_state(temporary / name, state)
-        for name, table in made.tables.items():
-            files.write_json(temporary / name, table)
-        for name, text in made.texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+        put(made, temporary)
+
+
+def put(made: Export, folder: Path) -> None:
+    """Put the files into a folder, over those that have their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, state in made.states.items():
+        write_state(folder / name, state)
+    for name, table in made.tables.items():
+        files.write_json(folder / name, table)
+    for name, text in made.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _transcodes(dictionary: Dictionary) -> bool:

@@ -97,10 +97,12 @@ def _jump(state: Taken, sidecar: Sidecar) -> Read:
 
 def _topk(state: Taken, sidecar: Sidecar) -> Read:
     encoder_LD, bias_L = _linear(state)
-    k, notes = _k(state, sidecar), tuple[str, ...]()
-    if "threshold" in state and (threshold := state.number("threshold")) >= 0:
-        notes = (f"codes are the k largest; its threshold for use_threshold is {threshold:.6g}",)
-    return _plain(state, Form("topk", (k,)), encoder_LD, bias_L, state.tensor("b_dec", encoder_LD.shape[1])), notes
+    k, threshold = _k(state, sidecar), UNTRAINED
+    if "threshold" in state:
+        threshold = state.number("threshold")
+    form = Form("topk", (k,), torch.full((len(bias_L),), threshold))
+    notes = (f"codes are the k largest; its threshold for use_threshold is {threshold:.6g}",) if threshold >= 0 else ()
+    return _plain(state, form, encoder_LD, bias_L, state.tensor("b_dec", encoder_LD.shape[1])), notes
 
 
 def _batch_topk(state: Taken, sidecar: Sidecar) -> Read:
@@ -210,7 +212,8 @@ def _write_jump(found: Plain) -> State:
 
 
 def _write_topk(found: Plain) -> State:
-    return {**_layers(found), **_buffers(found, "AutoEncoderTopK", UNTRAINED)}
+    threshold = UNTRAINED if found.form.threshold_L is None else found.threshold("AutoEncoderTopK")
+    return {**_layers(found), **_buffers(found, "AutoEncoderTopK", threshold)}
 
 
 def _write_batch_topk(found: Plain) -> State:

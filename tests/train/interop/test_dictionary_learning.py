@@ -501,3 +501,55 @@ def test_losses_reach_norms_through_what_is_shown() -> None:
     made(x, output_features=True)[1].sum().backward()
     grad = made.decoder.weight.grad
     assert grad is not None and grad.abs().max() > 0
+
+
+def test_a_normaliser_is_taken_off_again() -> None:
+    own = CrossCoder(D, L, S)
+    x, plain = torch.randn(B, S, D), CrossCoder(D, L, S)
+    plain.load_state_dict(own.state_dict())
+    own.set_normalizer(torch.rand(S, D), 1 + torch.rand(S, D))
+    assert own.has_activation_normalizer and not torch.equal(own(x), plain(x))
+    torch.testing.assert_close(own.denormalize_activations(own.normalize_activations(x)), x, rtol=1e-4, atol=1e-5)
+    with pytest.raises(CheckpointError, match="rows are scaled already"):
+        own.scale_biases(2.0)
+    own.set_normalizer(None, None)
+    assert not own.has_activation_normalizer and torch.equal(own(x), plain(x))
+
+
+def test_biases_of_a_crosscoder_that_are_scaled_do_the_same_of_longer_rows() -> None:
+    own = BatchTopKCrossCoder(D, L, S, K)
+    x = torch.randn(B, S, D)
+    own.encoder.bias, own.decoder.bias = torch.randn(L), torch.randn(S, D)
+    own.threshold = torch.tensor(0.25)
+    y = own(x)
+    own.scale_biases(4.0)
+    assert float(own.threshold) == 1.0
+    torch.testing.assert_close(own(4 * x), 4 * y, rtol=1e-4, atol=1e-4)
+
+
+def test_the_arguments_of_a_crosscoder_have_their_places() -> None:
+    mean, std = torch.rand(S, D), 1 + torch.rand(S, D)
+    own = BatchTopKCrossCoder(D, L, S, K, 0.5, mean, std, 2.0)
+    torch.testing.assert_close(own.state_dict()["activation_mean"].float(), mean)
+    assert float(own.state_dict()["target_rms"]) == 2.0
+    torch.testing.assert_close(own.decoder.weight.detach().norm(dim=2), torch.full((S, L), 0.5))
+
+
+def test_a_threshold_of_topk_is_loaded_and_saved(tmp_path: Path) -> None:
+    own = AutoEncoderTopK(D, L, K)
+    own.threshold = torch.tensor(0.5)
+    own.save_pretrained(tmp_path / "a")
+    own.save_pretrained(tmp_path / "a")  # over itself
+    assert float(AutoEncoderTopK.from_pretrained(tmp_path / "a").threshold) == 0.5
+    again = AutoEncoderTopK(D, L, K)
+    again.load_state_dict(own.state_dict())
+    assert float(again.threshold) == 0.5
+
+
+def test_k_of_weights_that_do_not_tell_it_is_an_argument(tmp_path: Path) -> None:
+    own = AutoEncoderTopK(D, L, K)
+    state = {name: value for name, value in own.state_dict().items() if name != "k"}
+    torch.save(state, tmp_path / "ae.pt")
+    assert int(AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt", k=3).k) == 3
+    with pytest.raises(CheckpointError):
+        AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt")

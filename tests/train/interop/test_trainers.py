@@ -545,3 +545,107 @@ def test_the_old_names_are_those_of_the_same_trainers() -> None:
     kinds = (StandardTrainerAprilUpdate, GatedSAETrainer, CrossCoderTrainer)
     assert all(issubclass(kind, Trainer) for kind in kinds)
     assert copy.deepcopy(made("CrossCoderTrainer")).ae.dict_size == L
+
+
+# --- calls that mean something else than they seem --------------------------------------------------------------
+
+
+class Pairs(nn.Module):
+    """y of x, by a known factor."""
+
+    def forward(self, x: Tensor, output_features: bool = False) -> Any:
+        return (3 * x, x.relu()) if output_features else 3 * x
+
+
+def test_pairs_are_evaluated_by_what_is_to_be_made() -> None:
+    x = next(planted())
+    found = evaluate(Pairs(), [(x, 3 * x)])
+    assert found["l2_loss"] == 0 and found["frac_variance_explained"] == 1
+    assert found["l1_loss"] == pytest.approx(float(x.relu().sum(1).mean()), rel=1e-5)
+
+
+def test_rows_are_evaluated_at_the_length_of_the_root_of_their_width() -> None:
+    x = next(planted())
+    length = float(x.norm(dim=1).mean())
+    assert evaluate(Pairs(), [x], normalize_batch=True)["l2_loss"] == pytest.approx(2 * D**0.5, rel=1e-5)
+    assert evaluate(Pairs(), [x])["l2_loss"] == pytest.approx(2 * length, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["StandardTrainer", "TopKTrainer", "BatchTopKTrainer"])
+def test_a_transcoder_learns_what_is_to_be_made(name: str, tmp_path: Path) -> None:
+    data = [(x, 2 * x.roll(1, 1)) for x, _ in zip(planted(), range(STEPS), strict=False)]
+    config = {"trainer": getattr(reference, name), **COMMON, **ONE[name]}
+    ae, logs = trainSAE(
+        data, config, transcoder=True, save_dir=tmp_path, log_steps=5, validate_every_n_steps=30,
+        validation_data=data[:2], return_last_eval_logs=True,
+    )  # fmt: skip
+    assert logs["val/frac_variance_explained"] > 0.3
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-2]["frac_variance_explained"] > 0.3
+    assert name != "TopKTrainer" or float(ae.threshold) > 0
+
+
+def test_resampling_every_step_leaves_those_alone_that_fire() -> None:
+    trainer, rows = made("StandardTrainer", resample_steps=1, lr=1e-9), planted()
+    trainer.update(0, next(rows))
+    fires_L = trainer.core.idle_L == 0
+    assert bool(fires_L.any())
+    before = trainer.ae.encoder.weight.detach().clone()
+    trainer.update(1, next(rows))
+    changed_L = ((trainer.ae.encoder.weight.detach() - before).abs() > 1e-6).any(1)
+    assert not bool((changed_L & fires_L).any())
+
+
+def test_what_was_trained_is_scaled_by_what_is_said_and_has_no_arguments_of_fresh_ones() -> None:
+    pretrained, mean, std = made("CrossCoderTrainer").ae, torch.rand(2, D), 1 + torch.rand(2, D)
+    again = made("CrossCoderTrainer", pretrained_ae=pretrained, activation_mean=mean, activation_std=std)
+    assert again.ae.has_activation_normalizer
+    torch.testing.assert_close(again.ae.state_dict()["activation_mean"].float(), mean)
+    for name in ("CrossCoderTrainer", "StandardTrainer"):
+        with pytest.raises(ConfigError, match="pretrained_ae beside same_init_for_all_layers"):
+            own = made(name).ae
+            made(name, pretrained_ae=own, dict_class_kwargs={"same_init_for_all_layers": True})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"validate_every_n_steps": 1}, "validation needs rows"),
+        ({"start_of_training_eval": True}, "validation needs rows"),
+        ({"validate_every_n_steps": 1, "validation_data": iter([])}, "can be read once only"),
+    ],
+)
+def test_a_validation_that_cannot_be_is_told_before_the_first_step(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trainSAE([], {"trainer": StandardTrainer, **COMMON}, **keys)
+
+
+def test_what_a_trainer_cannot_follow_is_told() -> None:
+    x = next(planted())
+    mine = {"trainer": StandardTrainerAprilUpdate, **COMMON, "dict_class": Mine}
+    with pytest.raises(ConfigError, match=r"dtype torch.bfloat16"):
+        trainSAE([x], mine, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="normalize_activations True"):
+        trainSAE([x], mine, normalize_activations=True)
+    with pytest.raises(ConfigError, match="normalize_activations True"):
+        config = {"trainer": StandardTrainer, **COMMON}
+        trainSAE([(x, x)], config, transcoder=True, normalize_activations=True)
+
+
+def test_rows_of_crosscoders_that_are_divided() -> None:
+    data = [10 * next(planted(2, seed=n)) for n in range(STEPS)]
+    config = {"trainer": BatchTopKCrossCoderTrainer, **COMMON, **TWO["BatchTopKCrossCoderTrainer"], "lr": 1e-2}
+    ae = trainSAE(data, config, normalize_activations=True)
+    assert evaluate(ae, [10 * next(planted(2, seed=99))])["frac_variance_explained"] > 0.3
+
+
+def test_a_k_that_falls_goes_on_where_weights_are_written() -> None:
+    trainer, rows = made("TopKTrainer", k_max=20, k_annealing_steps=10), planted()
+    trainer.update(0, next(rows))
+    trainer.ae.b_dec = torch.zeros(D)
+    for step in range(1, 12):
+        trainer.update(step, next(rows))
+        if step == 5:
+            assert int(trainer.ae.state_dict()["k"]) == trainer.k_current_value > K
+            trainer.ae.encoder.bias = torch.zeros(L)
+    assert trainer.k_current_value == K

@@ -15,7 +15,7 @@ from shared.errors import CheckpointError
 from train.interop import hub, saes
 from train.interop.dictionary_learning.sae import SAE, SOURCE
 from train.interop.dictionary_learning.shaped import Dictionary
-from train.interop.tensors import State
+from train.interop.tensors import COMPILED, State
 
 LAYERS = ("encoder.weight", "encoder.bias", "decoder.weight")
 MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -175,10 +175,10 @@ class KeepingK(SAE):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, k: int | None = None, device: Any = None, from_hub: bool = False
+        cls, path: str | Path, k: int | None = None, device: Any = None, from_hub: bool = False, dtype: Any = None
     ) -> Self:
-        """Raises CheckpointError where `k` is given and the weights have another one."""
-        made = cls._loaded(path, from_hub, device, None)
+        """`k` is for weights that do not tell theirs. Raises CheckpointError where they tell another one."""
+        made = cls._loaded(path, from_hub, device, dtype, k=k)
         own = made.core.activation.form().k[0]
         if k not in (None, own):
             raise CheckpointError("these weights have another k", f"{own}, not {k}", "Leave k out")
@@ -216,8 +216,15 @@ class AutoEncoderTopK(KeepingK):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         found = super().load_state_dict(state_dict, strict, assign)
-        self._threshold.copy_(torch.as_tensor(state_dict.get("threshold", self._threshold)))
+        for name in ("threshold", f"{COMPILED}threshold"):
+            if name in state_dict:
+                self._threshold.copy_(torch.as_tensor(state_dict[name]))
         return found
+
+    def _tell(self, told: Mapping[str, Any]) -> None:
+        form = told.get("form")
+        if form is not None and form.threshold_L is not None:
+            self._threshold.copy_(form.threshold_L[0])
 
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         """f; with `return_topk` also the k largest, where they are, and all of them: [..., k], [..., k], [..., L]."""

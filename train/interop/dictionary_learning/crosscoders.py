@@ -5,7 +5,6 @@ Letters: B rows, S sources, D width, L latents.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,7 +18,8 @@ from train import method as methods
 from train.code import DenseCode
 from train.interop import crosscoders as files
 from train.interop import crosscoders_written as written
-from train.interop.dictionary_learning.shaped import HERE, LinearShown, Shaped, adopt
+from train.interop.dictionary_learning.codes import CodeNormalization
+from train.interop.dictionary_learning.shaped import HERE, LinearShown, Shaped, adopt, kept
 from train.interop.found import Found, Sidecar
 from train.interop.normaliser import SMALL
 from train.interop.saes import UNTRAINED
@@ -29,27 +29,6 @@ from train.scale import Scale
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WEIGHTS = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 BUFFERS = ("code_normalization_id", "target_rms", "activation_mean", "activation_std", "activation_global_scale")
-
-
-class CodeNormalization(Enum):
-    """The decoder norm that weighs codes in penalties and selections, and where codes are shown."""
-
-    CROSSCODER = 1  # sum over sources of |d|
-    SAE = 2  # the length of all that a latent writes
-    MIXED = 3  # alpha_sae x SAE + alpha_cc x CROSSCODER
-    NONE = 4  # 1
-    DECOUPLED = 5  # |d| of each source, which selects for itself
-
-    @classmethod
-    def from_string(cls, name: str) -> "CodeNormalization":
-        """By its name, in any case. Raises CheckpointError for another one."""
-        if name.upper() not in cls.__members__:
-            raise CheckpointError("an unknown code normalisation", name, f"Known: {', '.join(cls.__members__)}")
-        return cls[name.upper()]
-
-    @classmethod
-    def of(cls, given: "CodeNormalization | str") -> "CodeNormalization":
-        return cls.from_string(given) if isinstance(given, str) else given
 
 
 class CrossCoder(Shaped):
@@ -143,17 +122,49 @@ class CrossCoder(Shaped):
         (In crosscoder_learning they are arguments of the class, too.)
         """
         self._target = 1.0 if target_rms is None else float(target_rms)
-        if mean is None or std is None or bool(mean.isnan().any() or std.isnan().any()):
-            return
+        used = mean is not None and std is not None and not bool(mean.isnan().any() or std.isnan().any())
+        if mean is None or std is None or not used:
+            mean, std = torch.zeros_like(self._std), torch.full_like(self._std, torch.nan)
         self._std = std.detach().float().cpu().clone()
         scale_S = self._target / (std.double().square().sum(1) + SMALL).sqrt()
         for number, name in enumerate(self._names):
             self.core.scale.mean(name).copy_(mean[number])
-            self.core.scale.factor(name).copy_(scale_S[number])
+            self.core.scale.factor(name).copy_(scale_S[number] if used else torch.ones(()))
+
+    def normalize_activations(self, x: Tensor) -> Tensor:
+        """x~ of rows [B, S, D]."""
+        rows = self._rows(x, normalize=True)
+        return torch.stack([self.core.scale.scaled(name, rows[name]) for name in self._names], 1)
+
+    def denormalize_activations(self, x: Tensor) -> Tensor:
+        """Rows of x~ [B, S, D]."""
+        rows = self._rows(x, normalize=True)
+        return torch.stack([self.core.scale.raw(name, rows[name]) for name in self._names], 1)
+
+    def scale_biases(self, scale: float) -> None:
+        """Multiply biases, and a threshold that is set, so that the same is done of rows that are so much longer.
+
+        Raises CheckpointError where rows are scaled by their spread.
+        """
+        if self.has_activation_normalizer:
+            raise CheckpointError("rows are scaled already", "a normaliser", "Leave normalize_activations out")
+        state = self.state_dict()
+        for name in ("encoder.bias", "decoder.bias", "threshold"):
+            if name in state and not (name == "threshold" and bool((state[name] < 0).all())):
+                state[name] = state[name] * scale
+        self.load_state_dict(state)
 
     @property
     def code_normalization(self) -> CodeNormalization:
         return self._norm
+
+    @property
+    def code_normalization_alpha_sae(self) -> float:
+        return self._alphas[0]
+
+    @property
+    def code_normalization_alpha_cc(self) -> float:
+        return self._alphas[1]
 
     @property
     def has_activation_normalizer(self) -> bool:
@@ -188,7 +199,7 @@ class CrossCoder(Shaped):
             return found
         own = form.threshold_L[..., 0]
         threshold = torch.where(own < 0, UNTRAINED, own * self._unit)
-        return {**found, "k": torch.tensor(form.k[0], dtype=torch.int32), "threshold": threshold}
+        return {**found, "k": torch.tensor(kept(self.core), dtype=torch.int32), "threshold": threshold}
 
     def _put_small(self, name: str, given: Tensor) -> bool:
         return super()._put_small(name, given / self._unit if name == "threshold" else given)
@@ -255,7 +266,7 @@ class CrossCoder(Shaped):
 
     def encode(
         self, x: Tensor, return_no_sum: bool = False, select_features: Sequence[int] | None = None,
-        normalize_activations: bool = True, **unused: Any,
+        normalize_activations: bool = True, use_threshold: bool = True,
     ) -> Any:  # fmt: skip
         """f [B, L]; with `return_no_sum` also relu(x~ W_enc + b) of each source by itself, [B, S, L].
 
@@ -308,7 +319,7 @@ class CrossCoder(Shaped):
 
     def get_activations(
         self, x: Tensor, use_threshold: bool = True, select_features: Sequence[int] | None = None,
-        normalize_activations: bool = True, **unused: Any,
+        normalize_activations: bool = True, inplace_normalize: bool = False,
     ) -> Tensor:  # fmt: skip
         """f x norm, [B, L], summed over sources that select for themselves; of these latents only."""
         some = slice(None) if select_features is None else list(select_features)
@@ -317,7 +328,7 @@ class CrossCoder(Shaped):
     @classmethod
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: Any = None, from_hub: bool = False,
-        code_normalization: CodeNormalization | str | None = None, **keys: Any,
+        code_normalization: CodeNormalization | str | None = None,
     ) -> Self:  # fmt: skip
         """A file or folder of any era. `code_normalization` is for weights that do not tell theirs.
 
@@ -340,10 +351,14 @@ class BatchTopKCrossCoder(CrossCoder):
     norm_init_scale = 1.0
 
     def __init__(
-        self, activation_dim: int, dict_size: int, num_layers: int = 2, k: int | Tensor = 100, *args: Any, **keys: Any
-    ) -> None:
-        """`args` and `keys` are those of CrossCoder."""
-        super().__init__(activation_dim, dict_size, num_layers, *args, k=int(k), **keys)
+        self, activation_dim: int, dict_size: int, num_layers: int = 2, k: int | Tensor = 100,
+        norm_init_scale: float | None = 1.0, activation_mean: Tensor | None = None,
+        activation_std: Tensor | None = None, target_rms: float | None = 1.0, **keys: Any,
+    ) -> None:  # fmt: skip
+        """`keys` are those of CrossCoder."""
+        scaled = {"activation_mean": activation_mean, "activation_std": activation_std, "target_rms": target_rms}
+        keys = {"norm_init_scale": norm_init_scale, **scaled, **keys}
+        super().__init__(activation_dim, dict_size, num_layers, k=int(k), **keys)
 
     def encode(  # type: ignore[override]
         self, x: Tensor, return_active: bool = False, use_threshold: bool = True,

@@ -53,7 +53,8 @@ def evaluate(
     dictionary: nn.Module, activations: Iterable[Any], max_len: int = 128, batch_size: int = 128, io: str = "out",
     normalize_batch: bool = False, tracer_args: Any = None, device: Any = "cpu", n_batches: int = 1,
 ) -> dict[str, float]:  # fmt: skip
-    """Figures of a dictionary over the next `n_batches` of rows [B, D], or [B, S, D] of a crosscoder.
+    """Figures of a dictionary over the next `n_batches` of rows [B, D], [B, S, D] of a crosscoder, or pairs (x, y) of a
+    transcoder, whose y is what is made; with `normalize_batch` rows are divided by their mean length / sqrt(D).
 
     l2_loss                    mean of |x - x_hat|, over rows and sources
     l1_loss, l0                mean over rows of the sum, and of the number, of codes above 0
@@ -113,9 +114,12 @@ def _of_rows(
     sums: list[Sums] = []
     alive_L, l1, l0, rows = None, 0.0, 0.0, 0
     for given in islice(iter(activations), n_batches):
-        x = torch.as_tensor(given).to(device)
-        x = x / x.norm(dim=-1).mean() if normalize_batch else x
-        hat, f = dictionary(x, output_features=True)
+        x, goal = (
+            torch.as_tensor(one).to(device) for one in (given if isinstance(given, tuple | list) else [given] * 2)
+        )
+        by = x.shape[-1] ** 0.5 / x.norm(dim=-1).mean() if normalize_batch else 1.0
+        hat, f = dictionary(x * by, output_features=True)
+        x = goal * by
         f_BL = f.flatten(0, -2)
         alive_L = (f_BL > 0).any(0) if alive_L is None else alive_L | (f_BL > 0).any(0)
         l1, l0, rows = l1 + float(f_BL.double().sum()), l0 + float((f_BL > 0).sum()), rows + len(f_BL)

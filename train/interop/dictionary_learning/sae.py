@@ -14,7 +14,7 @@ from shared.errors import CheckpointError, RowsError
 from train import dictionary as cores
 from train import method as methods
 from train.interop import saes
-from train.interop.dictionary_learning.shaped import HERE, LinearShown, Shaped
+from train.interop.dictionary_learning.shaped import HERE, LinearShown, Shaped, kept
 from train.interop.found import Sidecar
 from train.interop.plain import Plain
 from train.interop.tensors import COMPILED, State, Taken
@@ -76,11 +76,11 @@ class SAE(Shaped, ABC):
         )
 
     def _state(self) -> State:
-        return saes.state_of(type(self).__name__, self._plain())
+        return {**saes.state_of(type(self).__name__, self._plain()), **self._small()}
 
     def _small(self) -> State:
         form, groups = self.core.activation.form(), self.core.method.nested(self.core.wiring)
-        found: State = {"k": torch.tensor(form.k[0], dtype=torch.int32)} if form.k else {}
+        found: State = {"k": torch.tensor(kept(self.core), dtype=torch.int32)} if form.k else {}
         if form.kind == "batch_topk" and form.threshold_L is not None:
             found["threshold"] = form.threshold_L[0]
         return {**found, "group_sizes": torch.tensor(groups)} if groups else found

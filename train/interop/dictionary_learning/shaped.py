@@ -194,18 +194,22 @@ class Shaped(Dictionary, ABC):
     def _settle(self) -> None:
         """Take sizes from the weights. Raises CheckpointError where they are of another class."""
 
-    def save_pretrained(self, path: str | Path, **told: Any) -> None:
-        """A folder as the hub has it: config.json, model.safetensors, and a card."""
+    def save_pretrained(self, path: str | Path, repo_id: str | None = None, push_to_hub: bool = False) -> None:
+        """A folder as the hub has it: config.json, model.safetensors, and a card; on `push_to_hub` it is uploaded."""
         with torch.no_grad():
-            formats.write(
+            formats.put(
                 formats.for_hub(self.core, type(self).__name__, self.state_dict(), self._arguments()), Path(path)
             )
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(path).name)
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **told: Any) -> str:
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, token: str | None = None, commit_message: str | None = None
+    ) -> str:
         """Upload what `save_pretrained` writes. Returns the address of the commit."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder) / "it")
-            return hub.upload(Path(folder) / "it", repo_id, private, token, told.get("commit_message"))
+            return hub.upload(Path(folder) / "it", repo_id, private, token, commit_message)
 
 
 @torch.no_grad()
@@ -217,8 +221,13 @@ def adopt(core: cores.Dictionary, made: cores.Dictionary) -> None:
     core.folded_WL = made.folded_WL
     core.load_state_dict(made.state_dict())
     core.norm, core.alpha = made.norm, made.alpha
-    if (form := made.activation.form()).k:
-        set_k(core, form.k[0])
+    if (k := made.activation.form().k) and k[0] != kept(core):
+        set_k(core, k[0])
+
+
+def kept(core: cores.Dictionary) -> int:
+    """How many latents of a row are kept now."""
+    return int(core.activation.counts[0])  # type: ignore[index]
 
 
 def set_k(core: cores.Dictionary, k: int) -> None:

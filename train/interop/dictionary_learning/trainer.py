@@ -154,7 +154,8 @@ class Built(Trainer, ABC):
         if self.ours:
             y = {source: self.ae.core.scale.raw(source, y_BD) for source, y_BD in y.items()}
         x_hat = torch.stack(list(y.values()), 1) if len(y) > 1 else next(iter(y.values()))
-        x = torch.stack(list(rows.values()), 1) if len(rows) > 1 else next(iter(rows.values()))
+        goals = [rows[source] for source in y]
+        x = torch.stack(goals, 1) if len(goals) > 1 else goals[0]
         return LossLog(x, x_hat, f_BL, {name: float(value) for name, value in losses.items()})
 
     def update(self, step: int, x: Any) -> float:
@@ -170,7 +171,8 @@ class Built(Trainer, ABC):
                 "resample_steps", every, "Latents of a dictionary of your own cannot be told apart: leave it out"
             )
         if every and step and step % every == 0:
-            begin_again_on(self.core, rows, self.core.idle_L >= every // 2 * len(next(iter(rows.values()))))
+            idle_L = self.core.idle_L
+            begin_again_on(self.core, rows, (idle_L > 0) & (2 * idle_L >= every * len(next(iter(rows.values())))))
         self.core.step = step
         record = self.core.update(rows)
         self.last = record
@@ -238,9 +240,16 @@ class Arguments:
     def made(self) -> nn.Module:
         """The dictionary to train. Raises ConfigError for a class that is no dictionary."""
         if self.pretrained_ae is not None:
-            return Dictionary.require(self.pretrained_ae)
+            return Dictionary.require(self.pretrained())
         found = self.fresh(**{**self.sized(), **(self.dict_class_kwargs or {})})
         return SAE.require(found).reading("x", "y") if self.transcoder else found
+
+    def pretrained(self) -> Any:
+        """What training goes on with. Raises ConfigError where arguments of a fresh one are given, too."""
+        if self.dict_class_kwargs:
+            way_out = "Leave dict_class_kwargs out: it has its own"
+            raise unlike("pretrained_ae beside", ", ".join(self.dict_class_kwargs), way_out)
+        return self.pretrained_ae
 
     def sized(self) -> dict[str, Any]:
         """Arguments of the dictionary beside its width and latents."""

@@ -9,6 +9,7 @@ Letters: D width, L latents, k latents of a row.
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
+import torch
 from torch import Tensor, nn
 
 from train.interop.dictionary_learning.autoencoders import (
@@ -239,10 +240,12 @@ class TopKTrainer(Built):
         value = super().update(step, x)
         asked: Any = self.asked
         if step > asked.threshold_start_step:
-            self._follow(self.ae.encode(x.to(self.device)).detach(), asked.threshold_beta)
+            self._follow(next(iter(self._rows(x).values())), asked.threshold_beta)
         return value
 
-    def _follow(self, f_BL: Tensor, beta: float) -> None:
+    @torch.no_grad()
+    def _follow(self, x_BD: Tensor, beta: float) -> None:
+        f_BL = self.ae.encode(x_BD)
         smallest_B = f_BL.masked_fill(f_BL <= 0, float("inf")).min(1).values
         found = smallest_B[smallest_B.isfinite()]
         if len(found):
@@ -315,7 +318,10 @@ class Crossing(Arguments):
 
     def made(self) -> nn.Module:
         if self.pretrained_ae is not None:
-            return Shaped.require(self.pretrained_ae)
+            found: Any = Shaped.require(self.pretrained())
+            if self.activation_mean is not None:
+                found.set_normalizer(self.activation_mean, self.activation_std, self.target_rms)
+            return found
         scale = {"activation_mean": self.activation_mean, "activation_std": self.activation_std}
         keys = {"num_layers": self.num_layers, **scale, "target_rms": self.target_rms, **self.sized()}
         return self.fresh(**{**keys, **(self.dict_class_kwargs or {})})

@@ -20,7 +20,7 @@ from shared.errors import ConfigError, TrainingError
 from train import trackers
 from train.interop.dictionary_learning.crosscoders import CrossCoder
 from train.interop.dictionary_learning.evaluation import evaluate, specific_latents
-from train.interop.dictionary_learning.trainer import Built, Trainer
+from train.interop.dictionary_learning.trainer import Built, Trainer, unlike
 from train.interop.tensors import write_state
 from train.kernels.choice import Kernels
 
@@ -94,17 +94,24 @@ def trainSAE(
     metrics.jsonl has what is logged. Neither `data`'s tensors nor the configs are changed; logging and validating
     change no tensor of a trainer.
 
-    Raises ConfigError for configs that make no sense, TrainingError where no batch comes.
+    Raises ConfigError for what cannot be followed, before the first step; TrainingError where no batch comes.
     """
+    often = validate_every_n_steps or start_of_training_eval
+    if often and validation_data is None:
+        raise ConfigError("validation needs rows", "validation_data", "Give them, or leave validation out")
+    if often and isinstance(validation_data, Iterator):
+        raise ConfigError("rows of validation can be read once only", "an iterator", "Give a list, or a data loader")
     given = {"steps": steps, "resample_steps": resample_steps, "warmup_steps": warmup_steps}
     given |= {"transcoder": True} if transcoder else {}
     several = trainer_configs is not None
     asked = _asked(trainer_config, trainer_configs)
     runs = [_run(config, given, save_dir, number if several else None) for number, config in enumerate(asked)]
+    for run in runs:
+        _follows(run, dtype, normalize_activations)
     factor, batches = _factor(iter(data)) if normalize_activations else (1.0, iter(data))
     for run in runs:
         run.factor = factor
-        if dtype != torch.float32 and issubclass(type(run.trainer), Built):
+        if dtype != torch.float32:
             run.trainer.ae.core.kernels = Kernels(precision="bf16")
         run.describe(data)
         if use_wandb:
@@ -151,10 +158,8 @@ class Loop:
                     print(f"step {step}, trainer {number}: {figures}")
             run.trainer.update(step, x)
 
-    def validate(self, step: int, data: Iterable[Any] | None, last: bool = False) -> None:
+    def validate(self, step: int, data: Any, last: bool = False) -> None:
         """Figures of all batches of `data`, and of the decoder of a crosscoder. Changes no trainer."""
-        if data is None:
-            raise ConfigError("validation needs rows", "validation_data", "Give them, or leave validation out")
         batches = list(data) if len(self.runs) > 1 else data
         for number, run in enumerate(self.runs):
             rows = (_own(batch, number, self.by_head, run.factor) for batch in batches)
@@ -204,6 +209,15 @@ def _run(config: Mapping[str, Any], given: Mapping[str, Any], save_dir: Any, num
     return Run(made, folder, "ae.pt", "checkpoints/ae_{step}.pt")
 
 
+def _follows(run: Run, dtype: torch.dtype, normalizes: bool) -> None:
+    """Raises ConfigError for an argument of the call that a trainer cannot follow."""
+    ours = issubclass(type(run.trainer), Built) and run.trainer.ours
+    if dtype != torch.float32 and not ours:
+        raise unlike("dtype", dtype, "A trainer or dictionary of your own computes as it does: cast it yourself")
+    if normalizes and (not hasattr(run.ae, "scale_biases") or getattr(run.ae, "has_activation_normalizer", False)):
+        raise unlike("normalize_activations", True, "Its dictionary has no scale_biases, or scales rows itself")
+
+
 def _steps(asked: int | Sequence[int] | None) -> Callable[[int], bool]:
     """At which steps weights are kept: every so many, or these."""
     if asked is None:
@@ -218,7 +232,10 @@ def _factor(batches: Iterator[Any]) -> tuple[float, Iterator[Any]]:
     first = list(itertools.islice(batches, NORM_BATCHES))
     if not first:
         raise TrainingError("no batch came", "0 steps", "Give rows")
-    squared = [torch.as_tensor(batch).double().square().sum(-1).mean() for batch in first]
+    rows = [_own(batch, 0, by_head=False, factor=1.0) for batch in first]
+    if isinstance(rows[0], tuple):
+        raise unlike("normalize_activations", True, "Pairs are not scaled here: scale them yourself")
+    squared = [one.double().square().sum(-1).mean() for one in rows]
     return float(torch.stack(squared).mean().sqrt()), itertools.chain(first, batches)
 
 
