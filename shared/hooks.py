@@ -4,7 +4,7 @@ Letters: B segments of a batch, T positions, D width of a site.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -203,6 +203,10 @@ def splice(model: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) -> 
 
     def giving(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         changed = change(unwrap(output, site.name))
+        if isinstance(output, Mapping):  # transformers' ModelOutput
+            return type(output)(**{**output, "last_hidden_state": changed})
+        if isinstance(output, tuple) and getattr(output, "_fields", None):  # a namedtuple
+            return type(output)(changed, *output[1:])
         if isinstance(output, tuple | list):
             return type(output)([changed, *output[1:]])
         return changed

@@ -146,9 +146,9 @@ class Pool(Iterator[Any]):
         order_N = torch.randperm(len(whole[0]), generator=self._generator).to(self.device)
         self._left = tuple(one[order_N] for one in whole)
 
-    def next_texts(self) -> list[Any]:
+    def next_texts(self, count: int | None = None) -> list[Any]:
         """Texts that no row was taken of: for who wants to run the model itself. Raises StopIteration at their end."""
-        if not (texts := list(islice(self.texts, self.texts_at_once))):
+        if not (texts := list(islice(self.texts, self.texts_at_once if count is None else count))):
             raise StopIteration
         return texts
 

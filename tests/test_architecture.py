@@ -142,6 +142,8 @@ MODULES: dict[str, dict[str, str]] = {
         "interop.dictionary_learning.shaped": "dictionaries of ours in the shapes that dictionary_learning has",
         "interop.dictionary_learning.sae": "what its autoencoders have in common",
         "interop.dictionary_learning.autoencoders": "its autoencoders",
+        "interop.dictionary_learning.codes": "by which norm codes are weighed, in its words",
+        "interop.dictionary_learning.layers": "the encoder and the decoder of a crosscoder, as layers",
         "interop.dictionary_learning.crosscoders": "its crosscoders",
         "interop.dictionary_learning.partition": "which latents of a dedicated crosscoder belong to which model",
         "interop.dictionary_learning.dedicated": "its dedicated feature crosscoders",

@@ -4,13 +4,14 @@ Letters: B rows of a batch, T positions, N rows of the pool, D width.
 """
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutput
 
 from shared.errors import ConfigError, CorpusError, SiteError
 from shared.hooks import Site, path_of, splice
@@ -137,6 +138,43 @@ def test_what_passes_is_changed_inside_of_the_block_alone(loaded: Loaded) -> Non
                 changed = model(input_ids=ids).logits
             assert not torch.allclose(changed, before)
         torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+class Named(NamedTuple):
+    hidden: Tensor
+    more: int
+
+
+class Giving(nn.Module):
+    """A module that gives its rows in some way."""
+
+    def __init__(self, give: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.give = give
+
+    def forward(self, x: Tensor) -> Any:
+        return self.give(x)
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda x: x, lambda x: (x, 7), lambda x: [x, 7], lambda x: Named(x, 7),
+        lambda x: BaseModelOutput(last_hidden_state=x, attentions=(x,)),
+    ],
+)  # fmt: skip
+def test_what_a_module_gives_keeps_its_form(give: Callable[[Tensor], Any]) -> None:
+    model, x = nn.Sequential(Giving(give)), torch.ones(1, 2, 3)
+    with splice(model, Site("x", "0", "out"), lambda x: 5 * x):
+        found = model(x)
+    expected = give(5 * x)
+    assert type(found) is type(expected)
+    if isinstance(found, BaseModelOutput):
+        assert torch.equal(found.last_hidden_state, 5 * x) and torch.equal(found.attentions[0], x)
+    elif isinstance(found, Tensor):
+        assert torch.equal(found, 5 * x)
+    else:
+        assert torch.equal(found[0], 5 * x) and found[1] == 7
 
 
 def test_losses_are_the_models_own_where_nothing_is_changed(loaded: Loaded) -> None:

@@ -105,6 +105,8 @@ def test_an_autoencoder_is_trained_from_texts_by_a_live_buffer(loaded: Loaded, t
     assert figures["frac_variance_explained"] > 0.5
     assert figures["loss_original"] < figures["loss_reconstructed"] or figures["frac_recovered"] > 0.9
     assert set(figures) > {"l2_loss", "l1_loss", "l0", "frac_alive", "cossim", "loss_zero"}
+    texts = ActivationBuffer(iter(TEXTS), model, submodule, tokenizer=tokenizer, refresh_batch_size=4)
+    assert texts.text_batch(1) + texts.text_batch(2) == list(TEXTS[:3])
 
 
 def test_an_mlp_is_stretched_from_its_input_to_its_output(loaded: Loaded) -> None:  # noqa: F811

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.errors import CheckpointError, CopyError, RowsError
+from shared.errors import CheckpointError, ConfigError, CopyError, RowsError
 from tests.train.interop import files
 from tests.train.interop.files import ALPHAS, NORM_IDS, B, D, File, K, L, S, norms
 from tests.train.interop.test_crosscoders import near
@@ -494,6 +494,8 @@ def test_folded_weights_have_codes_and_no_state_of_this_kind(tmp_path: Path) -> 
     found = of_file(files.crosscoder("E5", batch_topk=True), tmp_path, batch_topk=True)
     with pytest.raises(CheckpointError, match="a folded dictionary has no such state"):
         found.state_dict()
+    with pytest.raises(ConfigError, match="pretrained_ae folded"):
+        reference.BatchTopKCrossCoderTrainer(k=K, steps=1, activation_dim=D, pretrained_ae=found)
 
 
 def test_losses_reach_norms_through_what_is_shown() -> None:

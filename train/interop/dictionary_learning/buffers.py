@@ -45,7 +45,7 @@ class Buffer(Iterator[Any]):
 
     def text_batch(self, batch_size: int | None = None) -> list[Any]:
         """The next texts, whose rows are then in no batch. Raises StopIteration at their end."""
-        return self.pool.next_texts()
+        return self.pool.next_texts(batch_size)
 
 
 @final

@@ -19,7 +19,8 @@ from train.code import DenseCode
 from train.interop import crosscoders as files
 from train.interop import crosscoders_written as written
 from train.interop.dictionary_learning.codes import CodeNormalization
-from train.interop.dictionary_learning.shaped import HERE, LinearShown, Shaped, adopt, kept
+from train.interop.dictionary_learning.layers import CrossCoderDecoder, CrossCoderEncoder
+from train.interop.dictionary_learning.shaped import HERE, Shaped, adopt, kept
 from train.interop.found import Found, Sidecar
 from train.interop.normaliser import SMALL
 from train.interop.saes import UNTRAINED
@@ -171,11 +172,11 @@ class CrossCoder(Shaped):
         return not bool(self._std.isnan().any())
 
     @property
-    def encoder(self) -> "CrossCoderEncoder":
+    def encoder(self) -> CrossCoderEncoder:
         return CrossCoderEncoder(self, "encoder")
 
     @property
-    def decoder(self) -> "CrossCoderDecoder":
+    def decoder(self) -> CrossCoderDecoder:
         return CrossCoderDecoder(self, "decoder")
 
     # --- its state ----------------------------------------------------------------------------------------------
@@ -377,26 +378,3 @@ class BatchTopKCrossCoder(CrossCoder):
         active_L = (f > 0).flatten(0, -2).any(0)
         weighed = a * (norms.sum(0) if f.ndim == 3 else norms)
         return f[..., some], (f * norms)[..., some], active_L[some], a[:, some], weighed[:, some]
-
-
-class CrossCoderEncoder(LinearShown):
-    """weight [S, D, L] and bias [L] of a crosscoder. Called: relu(sum over sources of x~ W + b), [B, L]."""
-
-    def __call__(self, x: Tensor, return_no_sum: bool = False, select_features: Sequence[int] | None = None) -> Any:
-        """Of x~ [B, S, D]; with `return_no_sum` also of each source by itself, [B, S, L]."""
-        weight, bias = self.weight, self.bias
-        if select_features is not None:
-            weight, bias = weight[..., list(select_features)], bias[list(select_features)]
-        h_BSL = torch.einsum("bsd,sdl->bsl", x, weight)
-        f_BL = relu(h_BSL.sum(1) + bias)
-        return (f_BL, relu(h_BSL + bias)) if return_no_sum else f_BL
-
-
-class CrossCoderDecoder(LinearShown):
-    """weight [S, L, D] and bias [S, D] of a crosscoder. Called: f W + b, [B, S, D]."""
-
-    def __call__(self, f: Tensor, select_features: Sequence[int] | None = None, add_bias: bool = True) -> Tensor:
-        """Of codes [B, L], or of those of each source, [B, S, L]: x~, which is not scaled back."""
-        owner: Any = object.__getattribute__(self, "_owner")
-        x_hat: Tensor = owner.decode(f, False, add_bias, select_features)
-        return x_hat

@@ -73,7 +73,7 @@ def evaluate(
     parts = []
     for _ in range(n_batches):
         try:
-            texts = buffer.text_batch()[:batch_size]
+            texts = buffer.text_batch(batch_size)
         except StopIteration:
             break
         parts.append(_recovered(buffer.tap, texts, dictionary, max_len, normalize_batch))

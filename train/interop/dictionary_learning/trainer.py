@@ -249,6 +249,9 @@ class Arguments:
         if self.dict_class_kwargs:
             way_out = "Leave dict_class_kwargs out: it has its own"
             raise unlike("pretrained_ae beside", ", ".join(self.dict_class_kwargs), way_out)
+        if issubclass(type(self.pretrained_ae), Shaped) and self.pretrained_ae.core.folded_WL is not None:
+            way_out = "Its rows are scaled by coordinate, which is folded into its weights: train a fresh one"
+            raise unlike("pretrained_ae", "folded", way_out)
         return self.pretrained_ae
 
     def sized(self) -> dict[str, Any]:

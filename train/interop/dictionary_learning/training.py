@@ -214,7 +214,9 @@ def _follows(run: Run, dtype: torch.dtype, normalizes: bool) -> None:
     ours = issubclass(type(run.trainer), Built) and run.trainer.ours
     if dtype != torch.float32 and not ours:
         raise unlike("dtype", dtype, "A trainer or dictionary of your own computes as it does: cast it yourself")
-    if normalizes and (not hasattr(run.ae, "scale_biases") or getattr(run.ae, "has_activation_normalizer", False)):
+    if normalizes and (
+        getattr(run.ae, "scale_biases", None) is None or getattr(run.ae, "has_activation_normalizer", False)
+    ):
         raise unlike("normalize_activations", True, "Its dictionary has no scale_biases, or scales rows itself")
 
 
