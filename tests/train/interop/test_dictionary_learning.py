@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.errors import CheckpointError, ConfigError, CopyError, RowsError
 from tests.train.interop import files
@@ -555,3 +555,17 @@ def test_k_of_weights_that_do_not_tell_it_is_an_argument(tmp_path: Path) -> None
     assert int(AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt", k=3).k) == 3
     with pytest.raises(CheckpointError):
         AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt")
+
+
+@pytest.mark.parametrize("kind", ["AutoEncoder", "BatchTopKSAE", "CrossCoder", "BatchTopKCrossCoder"])
+def test_a_module_around_dictionaries_is_saved_and_loaded_with_them(kind: str) -> None:
+    keys = {"k": K} if "TopK" in kind else {}
+    make = lambda: nn.ModuleList([nn.Linear(2, 3), getattr(reference, kind)(D, L, **keys)])  # noqa: E731
+    one, two = make(), make()
+    x = torch.randn(B, 2, D) if "Cross" in kind else torch.randn(B, D)
+    assert not torch.equal(one[1](x), two[1](x))
+    assert list(two.load_state_dict(one.state_dict()).missing_keys) == []
+    assert torch.equal(one[1](x), two[1](x)) and torch.equal(one[0].weight, two[0].weight)
+    lacking = {name: value for name, value in one.state_dict().items() if name != "1.encoder.weight"}
+    with pytest.raises(RuntimeError, match=r"encoder\.weight"):
+        two.load_state_dict(lacking)

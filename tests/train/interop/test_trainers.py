@@ -649,3 +649,18 @@ def test_a_k_that_falls_goes_on_where_weights_are_written() -> None:
             assert int(trainer.ae.state_dict()["k"]) == trainer.k_current_value > K
             trainer.ae.encoder.bias = torch.zeros(L)
     assert trainer.k_current_value == K
+
+
+def test_a_call_says_the_device_and_the_precision_of_trainers_that_do_not(tmp_path: Path) -> None:
+    data = [next(planted(seed=n)) for n in range(3)]
+    config = {"trainer": BatchTopKTrainer, **COMMON, "k": K, "lr": 1e-2}
+    del config["device"]
+    whole = trainSAE(data, config, device="cpu")
+    half, logs = trainSAE(
+        data, config, device="cpu", autocast_dtype=torch.bfloat16, validation_data=data, save_dir=tmp_path,
+        save_last_eval=False, return_last_eval_logs=True,
+    )  # fmt: skip
+    assert whole.b_dec.device.type == "cpu" and whole.b_dec.dtype == half.b_dec.dtype == torch.float32
+    apart = (whole.encoder.weight - half.encoder.weight).norm() / whole.encoder.weight.norm()
+    assert 0 < float(apart.detach()) < 0.05
+    assert logs and not (tmp_path / "last_eval_logs.pt").exists()

@@ -101,6 +101,18 @@ class Shaped(Dictionary, ABC):
         return found
 
     @torch.no_grad()
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Its part of the state of a module around it (torch's protocol: called for every module, parents first)."""
+        own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        try:
+            self.load_state_dict(own, strict)
+        except CheckpointError as error:
+            error_msgs.append(str(error))
+        state_dict.update({f"{prefix}core.{name}": value for name, value in self.core.state_dict().items()})
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Put a state of the reference into the weights, which stay the tensors that they are. The state stays, too.
 

@@ -58,7 +58,11 @@ class Run:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_state(self.folder / name, self.released().state_dict())
 
-    def describe(self, data: Any) -> None:
+    def begin(self, factor: float, data: Any, watched: tuple[Any, Any, Any] | None, more: Mapping[str, Any]) -> None:
+        """Say what is trained, and on what; `watched`: by whom, beside files."""
+        self.factor = factor
+        if watched is not None:
+            self.watch = trackers.watched(*watched, {**self.trainer.config, **more})
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             told = {**self.trainer.config, "norm_factor": self.factor}
@@ -82,12 +86,15 @@ def trainSAE(
     start_of_training_eval: bool = False, end_of_step_logging_fn: Figures | None = None,
     dtype: torch.dtype = torch.float32, return_last_eval_logs: bool = False, resample_steps: int | None = None,
     warmup_steps: int | None = None, run_cfg: Mapping[str, Any] | None = None, verbose: bool = False,
+    device: Any = None, autocast_dtype: torch.dtype | None = None, save_last_eval: bool = True,
+    run_wandb_finish: bool = True,
 ) -> Any:  # fmt: skip
     """Train dictionaries on batches of rows [B, D], [B, S, D] of crosscoders, or pairs (x, y) where `transcoder`.
 
     A config is a table {"trainer": class, and its arguments}. One gives one dictionary, several a list of them; with
     `return_last_eval_logs` each beside its last figures of validation. `steps` (none: until the batches end),
-    `resample_steps` and `warmup_steps` are for trainers whose config does not say them.
+    `resample_steps`, `warmup_steps` and `device` are for trainers whose config does not say them. `dtype`, or
+    `autocast_dtype`, is that of products of matrices; weights stay fp32.
 
     save_dir of `trainer_config`: config.json, checkpoint_{step}.pt, model_final.pt, eval_logs_{step}.pt,
     last_eval_logs.pt. Of `trainer_configs`: trainer_{i}/ with config.json, checkpoints/ae_{step}.pt, ae.pt.
@@ -96,12 +103,10 @@ def trainSAE(
 
     Raises ConfigError for what cannot be followed, before the first step; TrainingError where no batch comes.
     """
-    often = validate_every_n_steps or start_of_training_eval
-    if often and validation_data is None:
-        raise ConfigError("validation needs rows", "validation_data", "Give them, or leave validation out")
-    if often and isinstance(validation_data, Iterator):
-        raise ConfigError("rows of validation can be read once only", "an iterator", "Give a list, or a data loader")
-    given = {"steps": steps, "resample_steps": resample_steps, "warmup_steps": warmup_steps}
+    if validate_every_n_steps or start_of_training_eval:
+        _read_often(validation_data)
+    given = {"steps": steps, "resample_steps": resample_steps, "warmup_steps": warmup_steps, "device": device}
+    dtype = dtype if autocast_dtype is None else autocast_dtype
     given |= {"transcoder": True} if transcoder else {}
     several = trainer_configs is not None
     asked = _asked(trainer_config, trainer_configs)
@@ -110,14 +115,13 @@ def trainSAE(
         _follows(run, dtype, normalize_activations)
     factor, batches = _factor(iter(data)) if normalize_activations else (1.0, iter(data))
     for run in runs:
-        run.factor = factor
         if dtype != torch.float32:
             run.trainer.ae.core.kernels = Kernels(precision="bf16")
-        run.describe(data)
-        if use_wandb:
-            told = {**run.trainer.config, **(run_cfg or {})}
-            run.watch = trackers.watched(wandb_project, wandb_entity, wandb_group, told)
-    loop = Loop(runs, _steps(save_steps), log_steps, activations_split_by_head, end_of_step_logging_fn, verbose)
+        run.begin(factor, data, (wandb_project, wandb_entity, wandb_group) if use_wandb else None, run_cfg or {})
+    loop = Loop(
+        runs, _steps(save_steps), log_steps, activations_split_by_head, end_of_step_logging_fn, verbose, save_last_eval,
+        run_wandb_finish,
+    )  # fmt: skip
     if start_of_training_eval:
         loop.validate(0, validation_data)
     step = -1
@@ -144,6 +148,8 @@ class Loop:
     by_head: bool
     more: Figures | None
     verbose: bool
+    keeps_last: bool
+    finishes: bool
 
     def step(self, step: int, batch: Any) -> None:
         logs = bool(self.log_steps and step and step % self.log_steps == 0)
@@ -173,13 +179,13 @@ class Loop:
                     figures[f"val/num_specific_latents_l{layer}"] = count
             run.logs = {"step": step, **figures}
             run.tell(step, figures)
-            if run.folder is not None:
+            if run.folder is not None and (self.keeps_last or not last):
                 torch.save(run.logs, run.folder / ("last_eval_logs.pt" if last else f"eval_logs_{step}.pt"))
 
     def end(self) -> None:
         for run in self.runs:
             run.keep(run.final)
-            if run.watch is not None:
+            if run.watch is not None and self.finishes:
                 run.watch.finish()
 
 
@@ -207,6 +213,14 @@ def _run(config: Mapping[str, Any], given: Mapping[str, Any], save_dir: Any, num
         return Run(made, None if save_dir is None else Path(save_dir), "model_final.pt", "checkpoint_{step}.pt")
     folder = None if save_dir is None else Path(save_dir) / f"trainer_{number}"
     return Run(made, folder, "ae.pt", "checkpoints/ae_{step}.pt")
+
+
+def _read_often(rows: Any) -> None:
+    """Raises ConfigError for rows of validation that are not there, or can be read once only."""
+    if rows is None:
+        raise ConfigError("validation needs rows", "validation_data", "Give them, or leave validation out")
+    if isinstance(rows, Iterator):
+        raise ConfigError("rows of validation can be read once only", "an iterator", "Give a list, or a data loader")
 
 
 def _follows(run: Run, dtype: torch.dtype, normalizes: bool) -> None:
