@@ -133,8 +133,4 @@ def _pretrained(asked: Any, kind: Any) -> Any:
     fresh = ("encoder_layers", "norm_init_scale", "same_init_for_all_layers")
     if given := [f"--{name.replace('_', '-')}" for name in fresh if getattr(asked, name)]:
         raise ConfigError("an option of fresh weights beside --pretrained", given[0], "Leave it out")
-    norm = asked.code_normalization
-    made = kind.from_pretrained(asked.pretrained, code_normalization=norm)
-    if norm is not None and made.code_normalization != CodeNormalization.from_string(norm):
-        raise ConfigError("--pretrained has another --code-normalization", made.code_normalization.name, "Leave it out")
-    return made
+    return kind.from_pretrained(asked.pretrained, code_normalization=asked.code_normalization)

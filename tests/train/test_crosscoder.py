@@ -104,6 +104,12 @@ def test_a_crosscoder_goes_on_where_another_one_was(store: Path, tmp_path: Path)
     x = rows(3)
     first, second = (CrossCoder.from_pretrained(tmp_path / name) for name in "ab")
     torch.testing.assert_close(first(x), second(x), rtol=1e-4, atol=1e-4)
+    for option, message in {
+        ("--code-normalization", "none"): "these weights have another code normalisation: CROSSCODER, not NONE",
+        ("--encoder-layers", 0): "an option of fresh weights beside --pretrained: --encoder-layers",
+    }.items():
+        done = train(*common, tmp_path, "--run-name", "c", "--pretrained", tmp_path / "a", *option)
+        assert str(done.exception).startswith(message), (done.exception, done.output)
 
 
 def test_a_crosscoder_that_has_died_is_told(store: Path, tmp_path: Path) -> None:
