@@ -20,6 +20,7 @@ from tests.train.interop.test_saes import random_dictionary
 from train.dictionary import Dictionary
 from train.interop import formats
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("peers.py")
 LIBRARIES = ("dictionary-learning", "sae-lens", "eai-sparsify")
 TARGETS = {"dictionary-learning": "dictionary_learning", "sae-lens": "sae_lens", "eai-sparsify": "sparsify"}
