@@ -129,6 +129,17 @@ def planted(case: str, shared: int = 12, own: int = 4) -> Planted:
     return Planted(directions)
 
 
+@torch.no_grad()
+def randomise(made: dictionaries.Dictionary, seed: int) -> None:
+    """Give it random weights, and another scale for each source."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in made.parameters():
+        parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    for index, (source, width) in enumerate(made.wiring.widths.items()):
+        made.scale.mean(source).copy_(torch.randn(width, generator=generator))
+        made.scale.factor(source).fill_(0.5 + index)
+
+
 def random_rows(case: str, count: int, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(count, width, generator=generator) for name, width in wiring(case).widths.items()}

@@ -110,12 +110,13 @@ def _config(asked: Any, pairs: Pairs, steps: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "activation_dim": pairs.width, "dict_size": asked.expansion_factor * pairs.width, "lr": asked.lr,
         "steps": steps, "warmup_steps": min(1000, steps // 10), "resample_steps": asked.resample_steps,
-        "seed": asked.seed, "device": asked.device, "layer": asked.layer, "dict_class_kwargs": keys,
+        "seed": asked.seed, "device": asked.device, "layer": asked.layer,
         "lm_name": f"{asked.base_model}-{asked.instruct_model}",
     }  # fmt: skip
     kind: Any = CrossCoder if asked.type_ == "relu" else BatchTopKCrossCoder
-    if asked.pretrained is not None:
-        del config["dict_class_kwargs"]
+    if asked.pretrained is None:
+        config["dict_class_kwargs"] = keys
+    else:
         config["pretrained_ae"] = _pretrained(asked, kind)
     if asked.normalize:
         mean, std = pairs.spread()

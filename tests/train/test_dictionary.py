@@ -30,13 +30,7 @@ every_method = pytest.mark.parametrize("name", cases.names())
 def dictionary(case: str, name: str, norm: str = "sum", seed: int = 0) -> Dictionary:
     """Random everything, the scale included."""
     made = cases.trainer(case, name, wiring={"kind": CASES[case][0], "latents": 48, "norm": norm}).dictionary
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-        for index, source in enumerate(made.wiring.widths):
-            made.scale.mean(source).copy_(torch.randn(made.wiring.widths[source], generator=generator))
-            made.scale.factor(source).fill_(0.5 + index)
+    cases.randomise(made, seed)
     return made
 
 

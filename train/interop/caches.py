@@ -55,36 +55,21 @@ class Rows(ABC):
     def config(self) -> dict[str, Any]:
         """What is known of how it was made."""
 
+    def moments_of(self, count: int) -> Moments:
+        """Of the first so many rows, read."""
+        total = Moments.empty(self.width)
+        for start in range(0, count, PIECE):
+            total = total.merge(Moments.of(self.take(np.arange(start, min(start + PIECE, count)))))
+        return total
 
-class Folder(Rows):
+
+class Folder(Collected, Rows):
     """A folder of an ActivationCache. Raises StoreError where it is none, StoreDamagedError where it is torn."""
-
-    def __init__(self, path: Path) -> None:
-        self._of = Collected(path)
-        self.path, self.count, self.width, self.dtype = path, self._of.count, self._of.width, self._of.dtype
-
-    def take(self, rows_B: np.ndarray) -> Tensor:
-        return self._of.take(rows_B)
-
-    @property
-    def tokens(self) -> Tensor | None:
-        return self._of.tokens
-
-    @property
-    def ranges(self) -> Tensor | None:
-        return self._of.ranges
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self._of.config
 
     @cached_property
     def moments(self) -> Moments:
         """From the rows: the mean.pt and std.pt beside them were summed in the dtype of the rows, over all runs."""
-        total = Moments.empty(self.width)
-        for start in range(0, self.count, PIECE):
-            total = total.merge(Moments.of(self.take(np.arange(start, min(start + PIECE, self.count)))))
-        return total
+        return self.moments_of(self.count)
 
 
 class OfStore(Rows):
@@ -107,7 +92,7 @@ class OfStore(Rows):
 
     @cached_property
     def ranges(self) -> Tensor:
-        return torch.from_numpy(np.asarray(self.store.column("segments/row"), np.int64))
+        return torch.from_numpy(self.store.column("segments/row").astype(np.int64))
 
     @cached_property
     def moments(self) -> Moments:

@@ -13,6 +13,7 @@ Letters: S sources, D width, L latents.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ NORMS: dict[int, tuple[str, Norm]] = {
 }  # fmt: skip
 BY_NAME = dict(NORMS.values())
 PARTITION = "_partition_config"
+SHARES = ("model_a_exclusive_pct", "model_b_exclusive_pct")
 SIZES = ("model_a_exclusive_size", "model_b_exclusive_size")  # which this project writes: a share may lose a latent
 KISSANE = ("W_enc", "W_dec")
 
@@ -80,7 +82,7 @@ def read(state: Taken, sidecar: Sidecar, names: Sequence[str] | None = None) -> 
         raise CheckpointError("a latent_processor is not in these files", processor, "Apply it yourself")
     sizes = partition(state, sidecar, latents)
     state.done()
-    names = _named(names, sources)
+    names = named(names, sources)
     wiring = wired(names, [names[n] for n in readers], width, latents, sizes)
     made = _made(wiring, form, ranked)
     _fill(made, encoder, bias_L, decoder, bias_SD, readers, sizes, state)
@@ -107,8 +109,9 @@ def even_spreads(made: Dictionary) -> Tensor:
     return even_S.float()[:, None].expand(-1, width)
 
 
-def _named(names: Sequence[str] | None, sources: int) -> tuple[str, ...]:
-    found = tuple(names or "abcdefghijklmnopqrstuvwxyz"[:sources])
+def named(names: Sequence[str] | None, sources: int) -> tuple[str, ...]:
+    """The names of so many sources: a, b, ... where none are given. Raises CheckpointError for another number."""
+    found = tuple(names or ascii_lowercase[:sources])
     if len(found) != sources or len(set(found)) < sources:
         raise CheckpointError("names of sources do not fit", ", ".join(found), f"This crosscoder has {sources}")
     return found
@@ -180,18 +183,17 @@ def _alphas(state: Taken, sidecar: Sidecar) -> tuple[float, float]:
 
 def partition(state: Taken, sidecar: Sidecar, latents: int) -> tuple[int, int] | None:
     """How many latents A alone and B alone have, of a dedicated crosscoder: shares are cut off, as its writer does."""
-    shares = ("model_a_exclusive_pct", "model_b_exclusive_pct")
     if PARTITION in state:
         table: Mapping[str, Any] = state.plain(PARTITION)
-        return _cut(latents, *(table[name] for name in shares))
+        return _cut(latents, *(table[name] for name in SHARES))
     if sidecar.kind is None or not sidecar.kind.startswith("Dedicated"):
         return None
     sizes = [sidecar.get(name) for name in SIZES]
     if None not in sizes:
         return int(sizes[0]), int(sizes[1])
-    told = [sidecar.get(name) for name in shares]
+    told = [sidecar.get(name) for name in SHARES]
     if None in told:
-        way_out = f"Put its config.json beside it, which has {shares[0]}"
+        way_out = f"Put its config.json beside it, which has {SHARES[0]}"
         raise CheckpointError("which latents are dedicated is not in these weights", state.path, way_out)
     return _cut(latents, *told)
 
@@ -294,7 +296,7 @@ def _kissane(state: Taken, names: Sequence[str] | None) -> Found:
     bias_L, decoder = state.tensor("b_enc", latents), state.tensor("W_dec", latents, sources, width)
     bias_SD = state.tensor("b_dec", sources, width)
     state.done()
-    names = _named(names, sources)
+    names = named(names, sources)
     made = _made(wired(names, list(names), width, latents, None), Form("relu"), Ranking("CROSSCODER", "sum"))
     _fill(made, encoder, bias_L, decoder.transpose(0, 1), bias_SD, list(range(sources)), None, state)
     note = "its rows were scaled by a number per model, which is not in its files: Dictionary.scale takes them"

@@ -223,8 +223,8 @@ def _to_dictionary_learning(dictionary: Dictionary, origins: dict[str, Origin]) 
     if "CrossCoder" in kind:
         name = "model_final.pt"
     if kind.startswith("Dedicated"):
-        shares = ("model_a_exclusive_pct", "model_b_exclusive_pct")
-        state = {**state, crosscoders.PARTITION: {key: arguments[key] for key in ("dict_size", *shares)}}
+        keys = ("dict_size", *crosscoders.SHARES)
+        state = {**state, crosscoders.PARTITION: {key: arguments[key] for key in keys}}
     table = _trainer(dictionary, kind, arguments, origins)
     return Export(kind, {name: state}, {"config.json": table}, {}, notes)
 

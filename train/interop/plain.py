@@ -88,11 +88,9 @@ class Plain:
         encoder_LD = self.encoder_LD.double() * factor.double()
         bias_E = self.bias_E.double() / factor.double() + mean_D.double()
         seen_L = encoder_LD @ mean_D.double()
-        form = self.form
-        if form.rescale_L is not None and form.magnitude_L is not None:
-            form = replace(form, magnitude_L=(form.magnitude_L - form.rescale_L.double().exp() * seen_L).float())
         return replace(
-            self, form=form, encoder_LD=encoder_LD.float(), bias_L=(self.bias_L.double() - seen_L).float(),
+            self, form=shifted(self.form, seen_L), encoder_LD=encoder_LD.float(),
+            bias_L=(self.bias_L.double() - seen_L).float(),
             decoder_LE=(self.decoder_LE.double() / factor.double()).float(), bias_E=bias_E.float(),
         )  # fmt: skip
 
@@ -153,6 +151,13 @@ class Plain:
 def less(bias_L: Tensor, encoder_LD: Tensor, point_D: Tensor) -> Tensor:
     """The bias of latents that see rows as they are, of ones that see them less a point."""
     return (bias_L.double() - encoder_LD.double() @ point_D.double()).float()
+
+
+def shifted(form: Form, seen_L: Tensor) -> Form:
+    """The form where h of rows as they are is larger by `seen_L` (fp64): magnitudes of gated codes are less by it."""
+    if form.rescale_L is None or form.magnitude_L is None:
+        return form
+    return replace(form, magnitude_L=(form.magnitude_L.double() - form.rescale_L.double().exp() * seen_L).float())
 
 
 def of(dictionary: Dictionary, target: str) -> Plain:

@@ -17,7 +17,7 @@ import torch
 
 from shared.errors import CheckpointError
 from train.code import Form
-from train.interop.plain import Plain, less
+from train.interop.plain import Plain, less, shifted
 from train.interop.tensors import State, Taken
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -48,10 +48,7 @@ def read(state: Taken, config: Mapping[str, Any]) -> tuple[str, Plain]:
         state.tensor("scaling_factor", latents)
     state.done()
     if config.get("apply_b_dec_to_input", "transcoder" not in kind):
-        if form.rescale_L is not None and form.magnitude_L is not None:
-            seen_L = encoder_LD.double() @ bias_E.double()
-            magnitude_L = form.magnitude_L - form.rescale_L.double().exp() * seen_L
-            form = Form("gated", rescale_L=form.rescale_L, magnitude_L=magnitude_L.float())
+        form = shifted(form, encoder_LD.double() @ bias_E.double())
         bias_L = less(bias_L, encoder_LD, bias_E)
     rescaled = form.k and config.get("rescale_acts_by_decoder_norm", False)
     norm_L = torch.linalg.vector_norm(decoder_LE, dim=1) if rescaled else torch.ones(latents)

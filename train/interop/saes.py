@@ -12,6 +12,7 @@ Letters: D width, L latents.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from shared.errors import CheckpointError
 from train.code import Form
 from train.interop import normaliser
 from train.interop.found import Sidecar
-from train.interop.plain import Plain, less
+from train.interop.plain import Plain, less, shifted
 from train.interop.tensors import State, Taken
 
 Read = tuple[Plain, tuple[str, ...]]  # and what has to be known of it
@@ -78,9 +79,7 @@ def _gated(state: Taken, sidecar: Sidecar) -> Read:
     latents, width = encoder_LD.shape
     rescale_L, gate_L, magnitude_L = (state.tensor(n, latents) for n in ("r_mag", "gate_bias", "mag_bias"))
     bias_D = state.tensor("decoder_bias", width)
-    seen_L = encoder_LD.double() @ bias_D.double()
-    magnitude_L = (magnitude_L.double() - rescale_L.double().exp() * seen_L).float()
-    form = Form("gated", rescale_L=rescale_L, magnitude_L=magnitude_L)
+    form = shifted(Form("gated", rescale_L=rescale_L, magnitude_L=magnitude_L), encoder_LD.double() @ bias_D.double())
     note = "codes are those of saprmarks/dictionary_learning; crosscoder_learning multiplied them by decoder norms"
     return _plain(state, form, encoder_LD, gate_L, bias_D), (note,)
 
@@ -97,11 +96,12 @@ def _jump(state: Taken, sidecar: Sidecar) -> Read:
 
 def _topk(state: Taken, sidecar: Sidecar) -> Read:
     encoder_LD, bias_L = _linear(state)
-    k, threshold = _k(state, sidecar), UNTRAINED
+    form, notes = Form("topk", (_k(state, sidecar),)), tuple[str, ...]()
     if "threshold" in state:
         threshold = state.number("threshold")
-    form = Form("topk", (k,), torch.full((len(bias_L),), threshold))
-    notes = (f"codes are the k largest; its threshold for use_threshold is {threshold:.6g}",) if threshold >= 0 else ()
+        form = replace(form, threshold_L=torch.full((len(bias_L),), threshold))
+        told = f"codes are the k largest; its threshold for use_threshold is {threshold:.6g}"
+        notes = (told,) if threshold >= 0 else ()
     return _plain(state, form, encoder_LD, bias_L, state.tensor("b_dec", encoder_LD.shape[1])), notes
 
 
@@ -198,12 +198,10 @@ def _write_new(found: Plain) -> State:
 
 
 def _write_gated(found: Plain) -> State:
-    assert found.form.rescale_L is not None and found.form.magnitude_L is not None
-    seen_L = found.encoder_LD.double() @ found.bias_E.double()
-    magnitude_L = found.form.magnitude_L.double() + found.form.rescale_L.double().exp() * seen_L
+    form = shifted(found.form, -(found.encoder_LD.double() @ found.bias_E.double()))
     return {
-        "decoder_bias": found.bias_E, "r_mag": found.form.rescale_L, "gate_bias": _more(found),
-        "mag_bias": magnitude_L.float(), "encoder.weight": found.encoder_LD, "decoder.weight": found.decoder_LE.T,
+        "decoder_bias": found.bias_E, "r_mag": form.rescale_L, "gate_bias": _more(found),
+        "mag_bias": form.magnitude_L, "encoder.weight": found.encoder_LD, "decoder.weight": found.decoder_LE.T,
     }  # fmt: skip
 
 

@@ -39,15 +39,9 @@ def random_dictionary(name: str, case: str = "autoencoder", **wiring: Any) -> tu
     """Of random weights, scale and thresholds; with rows of its sources."""
     table = {"kind": cases.CASES[case][0], "latents": cases.LATENTS, **wiring}
     made = cases.trainer(case, name, wiring=table).dictionary.eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-        for index, source in enumerate(made.wiring.widths):
-            made.scale.mean(source).copy_(torch.randn(made.wiring.widths[source], generator=generator))
-            made.scale.factor(source).fill_(0.5 + index)
-        if made.activation.form().kind == "batch_topk":
-            made.activation.set_threshold(torch.tensor([0.7]))  # type: ignore[operator]
+    cases.randomise(made, seed=1)
+    if made.activation.form().kind == "batch_topk":
+        made.activation.set_threshold(torch.tensor([0.7]))  # type: ignore[operator]
     made.requires_grad_(False)
     return made, cases.random_rows(case, 50, 2)
 

@@ -15,7 +15,7 @@ from shared.errors import CheckpointError
 from train.interop import hub, saes
 from train.interop.dictionary_learning.sae import SAE, SOURCE
 from train.interop.dictionary_learning.shaped import Dictionary
-from train.interop.tensors import COMPILED, State
+from train.interop.tensors import State
 
 LAYERS = ("encoder.weight", "encoder.bias", "decoder.weight")
 MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -202,9 +202,6 @@ class AutoEncoderTopK(KeepingK):
         super()._settle()
         self.register_buffer("_threshold", torch.tensor(saes.UNTRAINED), persistent=False)
 
-    def _state(self) -> State:
-        return {**super()._state(), "threshold": self._threshold}
-
     def _small(self) -> State:
         return {**super()._small(), "threshold": self._threshold}
 
@@ -213,13 +210,6 @@ class AutoEncoderTopK(KeepingK):
             self._threshold.copy_(given)
             return True
         return super()._put_small(name, given)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        found = super().load_state_dict(state_dict, strict, assign)
-        for name in ("threshold", f"{COMPILED}threshold"):
-            if name in state_dict:
-                self._threshold.copy_(torch.as_tensor(state_dict[name]))
-        return found
 
     def _tell(self, told: Mapping[str, Any]) -> None:
         form = told.get("form")

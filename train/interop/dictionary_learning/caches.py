@@ -3,6 +3,7 @@
 Letters: N rows, B rows that are asked for, S sources, D width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -91,7 +92,29 @@ class RunningStatWelford:
         return made
 
 
-class ActivationCache:
+class Indexed(ABC):
+    """Rows that are asked for as NumPy's are, and by torch's DataLoader a batch at once."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def _take(self, rows_B: np.ndarray) -> Tensor:
+        """These rows, [B, ...]."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """One row of a whole number, else [B, ...]."""
+        rows_B, one = positions(index, len(self))
+        found = self._take(rows_B)
+        return found[0] if one else found
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
+        """Rows of a batch of torch's DataLoader, in one read."""
+        return list(self[np.asarray(indices, np.int64)])
+
+
+class ActivationCache(Indexed):
     """The rows of a source of a store, or of a folder of the reference: cache[i], cache[a:b], cache[[3, 1]].
 
     A source is named as the submodule, or by its path: ActivationCache("pair.zarr/base"). An index is as NumPy has it.
@@ -103,15 +126,8 @@ class ActivationCache:
     def __len__(self) -> int:
         return self.rows.count
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """[D] of a whole number, else [B, D]."""
-        rows_B, one = positions(index, len(self))
-        found_BD = self.rows.take(rows_B)
-        return found_BD[0] if one else found_BD
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        """Rows of a batch of torch's DataLoader, in one read."""
-        return list(self[np.asarray(indices, np.int64)])
+    def _take(self, rows_B: np.ndarray) -> Tensor:
+        return self.rows.take(rows_B)
 
     @property
     def d_model(self) -> int:
@@ -148,7 +164,16 @@ class ActivationCache:
         return self.running_stats.std().float()
 
 
-class ActivationCacheTuple:
+class SideBySide(Indexed, ABC):
+    """Rows [S, D] of several caches of one width."""
+
+    caches: list[ActivationCache]
+
+    def _take(self, rows_B: np.ndarray) -> Tensor:
+        return torch.stack([cache.rows.take(rows_B) for cache in self.caches], 1)
+
+
+class ActivationCacheTuple(SideBySide):
     """Caches of equally many rows of one width, side by side: a row is [S, D]."""
 
     def __init__(self, *store_dirs: str | Path, submodule_name: str | None = None) -> None:
@@ -162,17 +187,8 @@ class ActivationCacheTuple:
     def __len__(self) -> int:
         return len(self.caches[0])
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """[S, D] of a whole number, else [B, S, D]."""
-        rows_B, one = positions(index, len(self))
-        found_BSD = torch.stack([cache.rows.take(rows_B) for cache in self.caches], 1)
-        return found_BSD[0] if one else found_BSD
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        return list(self[np.asarray(indices, np.int64)])
-
-
-class PairedActivationCache:
+class PairedActivationCache(SideBySide):
     """Two caches, row by row: a row is [2, D]. They must be of the same tokens, and are cut to the shorter one.
 
     PairedActivationCache("base/layer_13_out", "chat/layer_13_out"); of two sources of a store, which are aligned by
@@ -210,15 +226,6 @@ class PairedActivationCache:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """[2, D] of a whole number, else [B, 2, D]."""
-        rows_B, one = positions(index, len(self))
-        found_B2D = torch.stack([cache.rows.take(rows_B) for cache in self.caches], 1)
-        return found_B2D[0] if one else found_B2D
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        return list(self[np.asarray(indices, np.int64)])
-
     @property
     def tokens(self) -> Tensor:
         """[2, N]."""
@@ -232,7 +239,10 @@ class PairedActivationCache:
     @cached_property
     def _stats(self) -> list[RunningStatWelford]:
         """Of the rows that both have."""
-        return [one.running_stats if len(one) == self._count else _of_first(one, self._count) for one in self.caches]
+        return [
+            one.running_stats if len(one) == self._count else RunningStatWelford._of(one.rows.moments_of(self._count))
+            for one in self.caches
+        ]
 
     @property
     def mean(self) -> Tensor:
@@ -243,13 +253,6 @@ class PairedActivationCache:
     def std(self) -> Tensor:
         """[2, D], unbiased."""
         return torch.stack([one.std().float() for one in self._stats])
-
-
-def _of_first(cache: ActivationCache, count: int) -> RunningStatWelford:
-    stats = RunningStatWelford(cache.d_model)
-    for start in range(0, count, 65_536):
-        stats.update(cache[start : min(start + 65_536, count)])
-    return stats
 
 
 def _require_width(caches: Sequence[ActivationCache]) -> None:

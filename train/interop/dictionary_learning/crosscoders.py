@@ -20,14 +20,13 @@ from train.interop import crosscoders as files
 from train.interop import crosscoders_written as written
 from train.interop.dictionary_learning.codes import CodeNormalization
 from train.interop.dictionary_learning.layers import CrossCoderDecoder, CrossCoderEncoder
-from train.interop.dictionary_learning.shaped import HERE, Shaped, adopt, kept
+from train.interop.dictionary_learning.shaped import HERE, Shaped, kept
 from train.interop.found import Found, Sidecar
 from train.interop.normaliser import SMALL
 from train.interop.saes import UNTRAINED
 from train.interop.tensors import COMPILED, State, Taken
 from train.scale import Scale
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WEIGHTS = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 BUFFERS = ("code_normalization_id", "target_rms", "activation_mean", "activation_std", "activation_global_scale")
 
@@ -57,7 +56,7 @@ class CrossCoder(Shaped):
         if num_decoder_layers not in (None, num_layers):
             value = f"{num_decoder_layers} of {num_layers}"
             raise CheckpointError("every source is written", value, "Leave num_decoder_layers out")
-        names = tuple(LETTERS[:num_layers])
+        names = files.named(None, num_layers)
         readers = [names[n] for n in (range(num_layers) if encoder_layers is None else encoder_layers)]
         partition = self._partitioned(dict_size, own)
         wiring = files.wired(names, readers, activation_dim, dict_size, partition)
@@ -143,17 +142,10 @@ class CrossCoder(Shaped):
         return torch.stack([self.core.scale.raw(name, rows[name]) for name in self._names], 1)
 
     def scale_biases(self, scale: float) -> None:
-        """Multiply biases, and a threshold that is set, so that the same is done of rows that are so much longer.
-
-        Raises CheckpointError where rows are scaled by their spread.
-        """
+        """Raises CheckpointError where rows are scaled by their spread."""
         if self.has_activation_normalizer:
             raise CheckpointError("rows are scaled already", "a normaliser", "Leave normalize_activations out")
-        state = self.state_dict()
-        for name in ("encoder.bias", "decoder.bias", "threshold"):
-            if name in state and not (name == "threshold" and bool((state[name] < 0).all())):
-                state[name] = state[name] * scale
-        self.load_state_dict(state)
+        super().scale_biases(scale)
 
     @property
     def code_normalization(self) -> CodeNormalization:
@@ -209,19 +201,10 @@ class CrossCoder(Shaped):
     def _unit(self) -> float:
         return files.ranking(self._norm.name, self._alphas, ranked="k" in self.shown).unit
 
-    def _taken(self, state: Mapping[str, Any]) -> cores.Dictionary:
-        return self._found(state).dictionary
-
     def _found(self, state: Mapping[str, Any]) -> Found:
         given = {name.removeprefix(COMPILED): value for name, value in state.items()}
         taken, told = Taken(given, HERE), {**self._arguments(), "dict_class": type(self).__name__}
         return files.read(taken, Sidecar(arguments=told), self._names)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        found = self._found(state_dict if strict else {**self.state_dict(), **state_dict})
-        adopt(self.core, found.dictionary.to(self.core.activation.bias_L))
-        self._tell(found.told)
-        return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def _tell(self, told: Mapping[str, Any]) -> None:
         """Take what a file says beside the dictionary."""

@@ -7,13 +7,11 @@ from typing import Any, final
 
 from torch import Tensor
 
-from train.interop.crosscoders import PARTITION, SIZES
+from train.interop.crosscoders import PARTITION, SHARES, SIZES
 from train.interop.crosscoders_written import arguments_of, sizes
 from train.interop.dictionary_learning.crosscoders import BatchTopKCrossCoder, CrossCoder
 from train.interop.dictionary_learning.partition import FeaturePartition
 from train.interop.tensors import State
-
-SHARES = ("model_a_exclusive_pct", "model_b_exclusive_pct")
 
 
 class Partitioned(CrossCoder):

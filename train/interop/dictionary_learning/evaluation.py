@@ -101,11 +101,16 @@ def _recovered(
     tap = replace(tap, length=max_len or tap.length, heads=None)
 
     def change(x_BTD: Tensor) -> Tensor:
-        by = x_BTD.shape[-1] ** 0.5 / x_BTD.float().norm(dim=-1).mean() if normalize else 1.0
+        by = _factor(x_BTD) if normalize else 1.0
         made: Tensor = dictionary(x_BTD * by)
         return made / by
 
     return losses(tap, texts, change)
+
+
+def _factor(x: Tensor) -> Tensor:
+    """By which rows [..., D] have the mean length sqrt(D)."""
+    return x.shape[-1] ** 0.5 / x.float().norm(dim=-1).mean()
 
 
 def _of_rows(
@@ -117,7 +122,7 @@ def _of_rows(
         x, goal = (
             torch.as_tensor(one).to(device) for one in (given if isinstance(given, tuple | list) else [given] * 2)
         )
-        by = x.shape[-1] ** 0.5 / x.norm(dim=-1).mean() if normalize_batch else 1.0
+        by = _factor(x) if normalize_batch else 1.0
         hat, f = dictionary(x * by, output_features=True)
         x = goal * by
         f_BL = f.flatten(0, -2)

@@ -15,7 +15,7 @@ from train import dictionary as cores
 from train import method as methods
 from train.interop import saes
 from train.interop.dictionary_learning.shaped import HERE, LinearShown, Shaped, kept
-from train.interop.found import Sidecar
+from train.interop.found import Found, Sidecar
 from train.interop.plain import Plain
 from train.interop.tensors import COMPILED, State, Taken
 from train.pre import Pre
@@ -91,8 +91,9 @@ class SAE(Shaped, ABC):
         taken.done()
         return found
 
-    def _taken(self, state: Mapping[str, Any]) -> cores.Dictionary:
-        return self._read(state).dictionary(self._ends)
+    def _found(self, state: Mapping[str, Any]) -> Found:
+        found = self._read(state)
+        return Found(found.dictionary(self._ends), type(self).__name__, told={"form": found.form})
 
     def _gradient(self, name: str) -> Tensor | None:
         """By the chain rule from those of the weights, which are functions of the state."""
@@ -136,16 +137,6 @@ class SAE(Shaped, ABC):
         weights = self.core.activation.bias_L
         y_BD = self.core.decode(f.reshape(-1, self.dict_size).to(weights.dtype))[self._to]
         return y_BD.view(*f.shape[:-1], self.activation_dim)
-
-    def scale_biases(self, scale: float) -> None:
-        """Multiply biases, and thresholds that are set, so that the same is done of rows that are so much longer."""
-        state = self.state_dict()
-        for name in state:
-            if name in ("threshold",) and bool((state[name] < 0).all()):
-                continue
-            if "bias" in name or name in ("b_dec", "b_enc", "threshold"):
-                state[name] = state[name] * scale
-        self.load_state_dict(state)
 
     @property
     def encoder(self) -> LinearShown:

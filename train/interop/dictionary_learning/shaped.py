@@ -81,8 +81,8 @@ class Shaped(Dictionary, ABC):
         """Those of its state that are no weights: to be had without a copy of these."""
 
     @abstractmethod
-    def _taken(self, state: Mapping[str, Any]) -> cores.Dictionary:
-        """The dictionary of a state. Raises CheckpointError for one of another kind."""
+    def _found(self, state: Mapping[str, Any]) -> Found:
+        """The dictionary of a state, and what the class knows beside it. Raises CheckpointError for another kind."""
 
     @abstractmethod
     def _gradient(self, name: str) -> Tensor | None:
@@ -100,7 +100,6 @@ class Shaped(Dictionary, ABC):
         found |= {f"{prefix}{n}": v.detach().clone() if isinstance(v, Tensor) else v for n, v in state.items()}
         return found
 
-    @torch.no_grad()
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
@@ -113,14 +112,15 @@ class Shaped(Dictionary, ABC):
             error_msgs.append(str(error))
         state_dict.update({f"{prefix}core.{name}": value for name, value in self.core.state_dict().items()})
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Put a state of the reference into the weights, which stay the tensors that they are. The state stays, too.
 
         `strict` false: tensors that it lacks stay as they are. Raises CheckpointError.
         """
-        state = dict(state_dict) if strict else {**self.state_dict(), **state_dict}
-        made = self._taken(state).to(self.core.activation.bias_L)
-        adopt(self.core, made)
+        found = self._found(state_dict if strict else {**self.state_dict(), **state_dict})
+        adopt(self.core, found.dictionary.to(self.core.activation.bias_L))
+        self._tell(found.told)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def __getattr__(self, name: str) -> Any:
@@ -164,6 +164,15 @@ class Shaped(Dictionary, ABC):
         else:
             return False
         return True
+
+    def scale_biases(self, scale: float) -> None:
+        """Multiply biases, and thresholds that are set, so that the same is done of rows that are so much longer."""
+        state = self.state_dict()
+        for name, value in state.items():
+            untrained = name == "threshold" and bool((value < 0).all())
+            if not untrained and ("bias" in name or name in ("b_dec", "b_enc", "threshold")):
+                state[name] = value * scale
+        self.load_state_dict(state)
 
     # --- codes --------------------------------------------------------------------------------------------------
 

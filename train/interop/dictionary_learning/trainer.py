@@ -18,7 +18,7 @@ from train.code import Forward
 from train.interop.dictionary_learning.loose import Loose
 from train.interop.dictionary_learning.recipes import Recipe, trainer
 from train.interop.dictionary_learning.sae import SAE
-from train.interop.dictionary_learning.shaped import Dictionary, Shaped
+from train.interop.dictionary_learning.shaped import Dictionary, Shaped, kept
 from train.objective import Now
 from train.resample import begin_again_on
 from train.scale import geometric_median
@@ -199,7 +199,7 @@ class Built(Trainer, ABC):
 
     @property
     def k_current_value(self) -> int:
-        return int(self.ae.core.activation.counts[0])
+        return kept(self.ae.core)
 
     @property
     def config(self) -> dict[str, Any]:

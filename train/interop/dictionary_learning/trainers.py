@@ -311,7 +311,6 @@ class Crossing(Arguments):
     """Arguments that trainers of crosscoders have in common."""
 
     num_layers: int = 2
-    pretrained_ae: Any = None
     activation_mean: Tensor | None = None
     activation_std: Tensor | None = None
     target_rms: float = 1.0
