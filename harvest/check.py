@@ -18,7 +18,7 @@ from harvest.cast import cast, difference
 from harvest.forward import Batch
 from harvest.segments import Speller
 from harvest.worker import Worker
-from shared import layout, models, remote, verify
+from shared import layout, models, staging, verify
 from shared.device import torch_threads
 from shared.errors import StoreDamagedError
 from shared.flags import TEMPLATE
@@ -36,7 +36,7 @@ def files_of(
     if not full:
         return verify.quick(store, sizes)
     total = sum(entry.size for entry in verify.read_receipts(store)[0])
-    holds = remote.source(url).holds if url else None
+    holds = staging.source(url).holds if url else None
     with bar("checksums", "bytes", total, quiet=log.quiet) as progress:
         return verify.full(store, tick=progress.update, sizes=sizes, holds=holds)
 

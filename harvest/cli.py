@@ -131,7 +131,16 @@ def sites(
         print(f"{kind}.{numbers[0]} ... {kind}.{numbers[-1]}".ljust(32) + shape)
 
 
-for command in (upkeep.status, upkeep.ls, upkeep.verify, upkeep.repair, upkeep.pack, upkeep.pull, upkeep.inspect):
+for command in (
+    upkeep.status,
+    upkeep.ls,
+    upkeep.verify,
+    upkeep.repair,
+    upkeep.pack,
+    upkeep.push,
+    upkeep.pull,
+    upkeep.inspect,
+):
     app.command()(command)
 app.command("import")(upkeep.import_)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from harvest import lock
 from harvest.config import StoreConfig
-from shared import config, files, layout, remote, verify
+from shared import config, files, layout, remote, staging, verify
 from shared.errors import StoreDamagedError, StoreError
 from shared.header import Header
 from shared.layout import GROUP, SEALED, Unit
@@ -140,7 +140,7 @@ class AtUrl(Destination):
 
     def __init__(self, url: str, path: Path) -> None:
         super().__init__(path, url)
-        self._remote = remote.destination(url)
+        self._remote = staging.destination(url)
         self._sender = ThreadPoolExecutor(1, "send")
         self._waiting: deque[Future[None]] = deque()
         self._sizes: dict[str, int] = {}  # of the objects that were there at the beginning

@@ -1,4 +1,4 @@
-"""The commands that look after stores: status | ls | verify | repair | pack | pull | import | inspect."""
+"""The commands that look after stores: status | ls | verify | repair | pack | push | pull | import | inspect."""
 
 import json
 from collections.abc import Iterator
@@ -12,12 +12,13 @@ from harvest import adopt as adopting
 from harvest import bench, check, destination, lock, overview, work
 from harvest import inspect as view
 from harvest import pack as packing
+from harvest import push as pushing
 from harvest.config import RowsConfig, StoreConfig
 from harvest.console import Json, Settings, config_of, resumable, show
 from harvest.job import prepare
 from shared import codec as codecs
 from shared import config as configs
-from shared import models, remote
+from shared import models, remote, staging
 from shared.collected import Collected
 from shared.errors import ConfigError
 from shared.log import Log
@@ -26,6 +27,8 @@ from shared.store import Store
 Again = Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto; none: as the store was made.")]
 AgainThreads = Annotated[int | None, typer.Option("--threads", help="Torch threads; none: as the store was made.")]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="The folder of a store, or its URL.")]
+URLS = "Example: s3://bucket/pair.zarr, or hf://datasets/ORG/pair"
+_SENT = {True: "the store is there", False: "the store was there already"}
 Moved = Annotated[list[str] | None, typer.Option("--model", help="NAME=PATH: where a model of the store lies now.")]
 
 
@@ -82,7 +85,7 @@ def verify(
     """
     with Log(quiet=as_json) as log:
         if remote.is_url(store) and not deep:
-            with remote.outlined(store) as (path, sizes):
+            with staging.outlined(store) as (path, sizes):
                 faults = check.files_of(Store.at(path), full, log, sizes, store)
         else:
             opened = Store.at(remote.local(store, f"--deep looks at the copy that harvest pull {store} makes"))
@@ -133,13 +136,37 @@ def pull(
 ) -> None:
     """Copy a finished store from a URL to this machine, as train run does too, and print its folder.
 
-    Every checksum is checked. What lies there already is not fetched again.
+    Every checksum is checked. What lies there already is not fetched again. On the hub it is
+    hf://datasets/ORG/NAME[@REVISION][/FOLDER].
 
     Example: harvest pull s3://bucket/pair.zarr
     """
     if not remote.is_url(url):
-        raise ConfigError("this is no URL", url, "Example: s3://bucket/pair.zarr")
-    print(remote.stage(url, below))
+        raise ConfigError("this is no URL", url, URLS)
+    print(staging.stage(url, below))
+
+
+def push(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="The folder of a finished store.")],
+    url: Annotated[str, typer.Argument(help="hf://datasets/ORG/NAME, or the URL of an object store.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Where a repository is made; else as its owner's are.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy a finished store from this machine to a URL: a dataset repository of the hub, or an object store.
+
+    A push that was stopped goes on: what is there is not sent again. The URL holds a finished store when all of it has
+    arrived, and not before. The token of the hub is HF_TOKEN, or that of hf auth login.
+
+    Example: harvest push pair.zarr hf://datasets/ORG/pair --private
+    """
+    if not remote.is_url(url):
+        raise ConfigError("this is no URL", url, URLS)
+    opened = Store.open(remote.local(store, "Give the folder that is to be copied"))
+    with Log(quiet=as_json) as log:
+        sent = pushing.push(opened, url, private or None, log)
+    print(json.dumps({"url": url, "id": opened.header.id, "sent": sent}) if as_json else f"{url}: {_SENT[sent]}")
 
 
 def pack(
@@ -248,7 +275,7 @@ def _bench(store: Store, moved: list[str] | None, device: str | None, threads: i
 
 
 def _status_at(url: str) -> dict[str, Any]:
-    with remote.outlined(url) as (path, _):
+    with staging.outlined(url) as (path, _):
         return {**overview.status(path), "store": url}
 
 
@@ -258,7 +285,7 @@ def _found(store: str) -> Iterator[tuple[Store, destination.Destination, dict[st
     if not remote.is_url(store):
         yield Store.at(Path(store)), destination.Folder(Path(store)), None
         return
-    with remote.outlined(store) as (path, sizes):
+    with staging.outlined(store) as (path, sizes):
         yield Store.at(path), destination.of(StoreConfig(path=store)), sizes
 
 

@@ -17,7 +17,13 @@ from shared.moments import CLASSES, Moments, class_of
 from shared.source import Model, Source
 from shared.store import Part, Store
 
+Tree = dict[str, bytes]
 LARGEST, SINK_TIMES = 65504.0, 10.0  # of fp16; sinks are 10 x the median norm
+
+
+def tree(path: Path) -> Tree:
+    """{name: content} of every file below a folder."""
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def make_store(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import hub as hubs
 from tests import s3
 
 settings.register_profile("granary", deadline=None)
@@ -41,6 +42,23 @@ def _same_threads() -> Iterator[None]:
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     with s3.server(tmp_path_factory.mktemp("s3")) as found:
         yield found
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[hubs.Hub]:
+    """An empty hub, which is the hub of huggingface_hub."""
+    from huggingface_hub import constants
+
+    with hubs.served() as made:
+        template = f"{made.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", made.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("GRANARY_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
+        yield made
 
 
 @pytest.fixture

@@ -45,7 +45,10 @@ MODULES: dict[str, dict[str, str]] = {
         "collected": "folders that dictionary_learning's ActivationCache has written",
         "live": "rows of a model while it runs: a pool that texts refill, and losses with rows changed",
         "log": "one stream of events: a JSONL file, and a console that is a view of it",
-        "remote": "stores at a URL: objects read, written and listed; a whole store copied to this machine",
+        "remote": "what lies at a URL: read by name, checked by size and checksum",
+        "objects": "stores in an object store",
+        "hub": "stores in dataset repositories of the hub",
+        "staging": "a URL opened by its kind; a whole store copied to this machine",
     },
     "harvest": {
         "config": "what a harvest is told",
@@ -73,6 +76,7 @@ MODULES: dict[str, dict[str, str]] = {
         "check": "a sample of rows, run again and decoded",
         "overview": "what stores there are, how far they are, which runs used them",
         "pack": "a finished store once more, its activations compressed",
+        "push": "a finished store -> a URL",
         "adopt": "caches of dictionary_learning -> a store",
         "console": "options and results of the commands",
         "upkeep": "harvest status | ls | verify | repair | pack | pull | import | inspect",
@@ -176,9 +180,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "zarr": ("shared/store.py",),
     "numcodecs": ("shared/codec.py",),
     "google_crc32c": ("shared/layout.py", "shared/remote.py"),  # there as bytes arrive
-    "obstore": ("shared/remote.py",),  # of the extra `s3`, inside Remote alone
+    "obstore": ("shared/objects.py",),  # of the extra `s3`, inside Objects alone
     "transformers": ("shared/models.py",),
-    "huggingface_hub": ("shared/models.py", "harvest/corpus.py", "train/interop/hub.py"),
+    "huggingface_hub": ("shared/models.py", "shared/hub.py", "harvest/corpus.py", "train/interop/hub.py"),
     "sae_lens": ("train/interop/hub.py",),  # where it can be had
     "tqdm": ("shared/log.py",),
     "tomli_w": ("shared/config.py",),

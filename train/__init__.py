@@ -7,7 +7,7 @@ source that is one less another; batches reads rows for loops of your own.
 
 from shared.family import open_family
 from shared.mixture import open_mixture
-from shared.remote import stage
+from shared.staging import stage
 from shared.store import Store
 from train.batches import Batches, batches
 from train.dictionary import Dictionary

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from shared import config as configs
-from shared import files, remote
+from shared import files, remote, staging
 from shared.errors import CheckpointError, ConfigError, StoreError, TrainingError, one_line
 from shared.mixture import open_mixture
 from shared.view import View
@@ -325,7 +325,7 @@ app.command()(crosscoder.crosscoder)
 
 def _opened(stores: list[str], below: str | None, quiet: bool) -> View:
     """The stores in these folders as one; of one at a URL the copy on this machine, which is made first."""
-    return open_mixture([remote.stage(one, below, quiet) if remote.is_url(one) else one for one in stores])
+    return open_mixture([staging.stage(one, below, quiet) if remote.is_url(one) else one for one in stores])
 
 
 def _run_folder(path: str) -> Path:

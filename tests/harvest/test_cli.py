@@ -100,7 +100,9 @@ def test_flags_and_settings_reach_the_run(harvest: Harvest, home: Path, tmp_path
     assert json.loads((store.path / "receipts" / "00000.gemma.json").read_text())["threads"] == 2
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "sites", "inspect", "status", "verify", "repair", "ls", "pack"])
+@pytest.mark.parametrize(
+    "command", ["run", "plan", "sites", "inspect", "status", "verify", "repair", "ls", "pack", "push", "pull", "import"]
+)
 def test_every_command_has_help_with_an_example(harvest: Harvest, command: str) -> None:
     done = harvest(command, "--help")
     assert done.code == 0

@@ -20,11 +20,11 @@ from harvest.destination import AtUrl
 from harvest.job import prepare
 from harvest.work import Crew, Receipt, Tick
 from harvest.worker import Scale
-from shared import files, remote
+from shared import files, remote, staging
 from shared.errors import RemoteError, SpaceError, StoreDamagedError, StoreError, StoreMismatchError
 from shared.layout import Unit
 from shared.log import Log
-from shared.remote import Remote
+from shared.objects import Objects
 from shared.store import Store
 from tests.harvest.pair import Tree, config, harvest, tree
 from tests.s3 import Bucket
@@ -121,15 +121,15 @@ def test_the_disk_never_holds_more_than_four_units(
     home: Path, pair: Store, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
     asked = to(home, bucket, tmp_path, store=SMALL)
-    genuine, seen = Remote.put, list[int]()
+    genuine, seen = Objects.put, list[int]()
 
-    def put(self: Remote, name: str, data: bytes | Path) -> None:
+    def put(self: Objects, name: str, data: bytes | Path) -> None:
         seen.append(len(rows_on_disk(asked.store.folder)))
         if slow == "sending" and "activations" in name:
             time.sleep(0.05)
         genuine(self, name, data)
 
-    monkeypatch.setattr(Remote, "put", put)
+    monkeypatch.setattr(Objects, "put", put)
     store = harvest(asked)
     assert store.shards > 10 and max(seen) <= 4
     assert rows_on_disk(asked.store.folder) == set()
@@ -212,15 +212,15 @@ def test_kill_9_and_resume_gives_the_same_objects_and_no_others(
 def test_what_could_not_be_sent_is_sent_later_and_not_made_again(
     home: Path, pair: Store, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine = Remote.put
+    genuine = Objects.put
 
-    def put(self: Remote, name: str, data: bytes | Path) -> None:
+    def put(self: Objects, name: str, data: bytes | Path) -> None:
         if name == RECEIPT:
             raise RemoteError("the network has gone", name, "Wait")
         genuine(self, name, data)
 
     with monkeypatch.context() as patched, pytest.raises(RemoteError, match="the network has gone"):
-        patched.setattr(Remote, "put", put)
+        patched.setattr(Objects, "put", put)
         harvest(to(home, bucket))
     assert RECEIPT not in bucket.names()
     here = Store.at(to(home, bucket).store.folder)
@@ -332,7 +332,7 @@ def test_a_finished_store_with_damage_is_mended_by_repair_alone(home: Path, pair
     with pytest.raises(StoreDamagedError, match=f"{SHARD} is missing.*harvest repair {bucket.url}"):
         harvest(asked)
     crew = Watched(asked)
-    with remote.outlined(bucket.url) as (path, sizes):
+    with staging.outlined(bucket.url) as (path, sizes):
         store = Store.at(path)
         units = check.to_mend(store, check.files_of(store, False, LOG, sizes))
         work.repair(store, units, crew, LOG, destination.of(asked.store))

@@ -33,6 +33,7 @@ from shared.header import Header
 from shared.moments import CLASSES, Moments
 from shared.source import Model, Source
 from shared.store import Part, Store
+from tests.build import tree
 
 ABSENT = 2**64 - 1
 MADE_WITH = {"device": "cpu", "threads": 1, "versions": {"torch": "2"}}
@@ -49,7 +50,6 @@ CASES = {
     "shards of one row": (3, 1, 1, TWO),
 }
 
-Tree = dict[str, bytes]
 Break = Callable[[Path], object]
 
 
@@ -160,10 +160,6 @@ def data_files(path: Path) -> set[str]:
     """Every file of every array but its zarr.json."""
     found = (file for name in arrays_on_disk(path) for file in (path / name).rglob("*") if file.is_file())
     return {str(file.relative_to(path)) for file in found if file.name != "zarr.json"}
-
-
-def tree(path: Path) -> Tree:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def crc_of_byte(crc: int) -> int:
