@@ -1,4 +1,4 @@
-"""Caches of dictionary_learning -> a store, as if their models had been harvested: one source of each.
+"""Caches of dictionary_learning and SAELens -> a store, as if their models had been harvested: one source of each.
 
 Letters: N rows, G sequences, D width of a source.
 """
@@ -6,11 +6,13 @@ Letters: N rows, G sequences, D width of a source.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from harvest.cached import Cached
 from harvest.cast import calibrated, cast
 from harvest.config import RowsConfig, StoreConfig
 from harvest.draft import split_of
@@ -30,25 +32,55 @@ ROUNDING = 0.0  # nothing is computed twice
 UNKNOWN = "unknown"
 
 
+class Cache(Protocol):
+    """Rows of one model at one site, with what is known of them."""
+
+    path: Path
+    count: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def made_by(self) -> str: ...
+    @property
+    def site(self) -> str: ...
+    @property
+    def tokens(self) -> Tensor | None: ...
+    @property
+    def ranges(self) -> Tensor | None:
+        """Where sequences begin, and the number of rows."""
+
+    def take(self, rows_B: np.ndarray) -> Tensor: ...
+    def fingerprint(self) -> str: ...
+
+
+def find(path: Path) -> Cache:
+    """The cache in a folder. Raises StoreError where there is none, StoreDamagedError where it is torn."""
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return Cached(path)
+    return Collected(path)
+
+
 @dataclass(frozen=True)
 class Adopted:
     """What a store is made of: {source: folder}, all of the same tokens in the same sequences."""
 
-    folders: Mapping[str, Collected]
+    folders: Mapping[str, Cache]
     rows: int
     tokens_N: np.ndarray
     starts_G: np.ndarray  # and N behind them
 
 
-def gathered(folders: Mapping[str, Collected]) -> Adopted:
+def gathered(folders: Mapping[str, Cache]) -> Adopted:
     """What these folders have in common: of caches of several lengths the sequences that all of them have whole.
 
     Raises CorpusError where tokens or sequences were not kept, StoreError where the tokens differ.
     """
     for name, one in folders.items():
         if one.tokens is None:
-            raise CorpusError("this cache has no tokens, by which rows are told to be pairs", f"{name}: {one.path}",
-                              "Collect it with store_tokens=True")  # fmt: skip
+            way_out = "Collect it with store_tokens=True (of SAELens: by a version that writes token_ids)"
+            what = "this cache has no tokens, by which rows are told to be pairs"
+            raise CorpusError(what, f"{name}: {one.path}", way_out)
     ranges = [one.ranges for one in folders.values() if one.ranges is not None]
     if not ranges:
         told = ", ".join(str(one.path) for one in folders.values())
@@ -115,7 +147,7 @@ def _planned(found: Adopted, asked: StoreConfig, rows: RowsConfig) -> tuple[Head
     sequences, length_G = len(starts_G) - 1, np.diff(starts_G)
     ids = [f"sequence {number}" for number in range(sequences)]
     split_G = np.array([split_of(one, rows) for one in ids], np.uint8)
-    sources = {name: Source(name, name, _site(one), one.width) for name, one in found.folders.items()}
+    sources = {name: Source(name, name, one.site, one.width) for name, one in found.folders.items()}
     models = {
         name: Model(name, str(one.path), one.fingerprint(), UNKNOWN, str(one.dtype).removeprefix("torch."), UNKNOWN)
         for name, one in found.folders.items()
@@ -150,8 +182,9 @@ def _planned(found: Adopted, asked: StoreConfig, rows: RowsConfig) -> tuple[Head
         "aligned_tokens": dict.fromkeys(names, 1.0), "aligned_documents": 1.0, "skipped": {},
         "alignment": "identical", "dtype": asked.dtype,
     }  # fmt: skip
+    made_by = sorted({one.made_by for one in found.folders.values()})
     spec: dict[str, Any] = {
-        "format": FORMAT, "imported": "ActivationCache", "models": {n: m.identity() for n, m in models.items()},
+        "format": FORMAT, "imported": " ".join(made_by), "models": {n: m.identity() for n, m in models.items()},
         "tokens": layout.crc32c([found.tokens_N.tobytes(), starts_G.tobytes()]), "rows": found.rows, **sizes,
         "dtype": asked.dtype, "nonfinite": asked.nonfinite, "held_out": rows.held_out, "seed": rows.seed,
         "sites": {name: source.site for name, source in sources.items()},
@@ -159,16 +192,7 @@ def _planned(found: Adopted, asked: StoreConfig, rows: RowsConfig) -> tuple[Head
     return Header(spec, models, sources, plan), tables
 
 
-def _site(folder: Collected) -> str:
-    """Of layer_13_out: resid.13. Of any other name: the name."""
-    kind, _, rest = folder.path.name.partition("_")
-    number, _, side = rest.partition("_")
-    if kind == "layer" and number.isdigit() and side in ("in", "out"):
-        return f"{'resid' if side == 'out' else 'resid_in'}.{number}"
-    return folder.path.name
-
-
-def _scale(folder: Collected, rows: int, dtype: torch.dtype) -> dict[str, float]:
+def _scale(folder: Cache, rows: int, dtype: torch.dtype) -> dict[str, float]:
     """From all rows: nothing is beyond it."""
     norms, largest = [], 0.0
     for start in range(0, rows, PIECE):
@@ -179,7 +203,7 @@ def _scale(folder: Collected, rows: int, dtype: torch.dtype) -> dict[str, float]
     return calibrated(norms, largest, ROUNDING, dtype)
 
 
-def _part(store: Store, folder: Collected, name: str, shard: int) -> Part:
+def _part(store: Store, folder: Cache, name: str, shard: int) -> Part:
     """The rows of a shard as the store has them. What is not finite is masked."""
     assert store.header.scale is not None
     inside, scale = store.rows_of(shard), store.header.scale[name]

@@ -19,7 +19,6 @@ from harvest.job import prepare
 from shared import codec as codecs
 from shared import config as configs
 from shared import models, remote, staging
-from shared.collected import Collected
 from shared.errors import ConfigError
 from shared.log import Log
 from shared.store import Store
@@ -190,7 +189,7 @@ def pack(
 
 def import_(
     caches: Annotated[
-        list[str], typer.Argument(metavar="SOURCE=FOLDER", help="A cache (layer_13_out), and a name for its rows.")
+        list[str], typer.Argument(metavar="SOURCE=FOLDER", help="A folder with a cache, and a name for its rows.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="STORE", help="Where the store goes.")],
     held_out: Annotated[float, typer.Option(min=0, max=0.99, help="Share of sequences that no run trains on.")] = 0.1,
@@ -199,7 +198,8 @@ def import_(
     nonfinite: Annotated[str, typer.Option(help="fail, or mask: such rows are flagged and never served.")] = "fail",
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Make a store of caches that dictionary_learning's ActivationCache has collected, all of the same tokens.
+    """Make a store of caches, all of the same tokens: of dictionary_learning's ActivationCache (layer_13_out), and of
+    SAELens' CacheActivationsRunner.
 
     Their tokens and sequences must have been kept; tokens are compared, and every row is looked at. A sequence counts
     as a document. What a store knows beside rows (models, special tokens, texts) it does not have: first rows of
@@ -213,7 +213,7 @@ def import_(
         name, equals, path = text.partition("=")
         if not (name and equals and path) or name in folders:
             raise ConfigError("a cache is given as SOURCE=FOLDER, each name once", text, "Example: base=layer_13_out")
-        folders[name] = Collected(Path(path).expanduser())
+        folders[name] = adopting.find(Path(path).expanduser())
     told = {"path": str(out), "dtype": dtype, "nonfinite": nonfinite}
     asked, rows = configs.parse(StoreConfig, told), configs.parse(RowsConfig, {"held_out": held_out, "seed": seed})
     with Log(quiet=as_json) as log, resumable(out), lock.hold(out, lambda text: log.event("lock", text)):

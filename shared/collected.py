@@ -30,6 +30,8 @@ OLDEST = "torch.float32"  # of a .meta without a dtype
 class Collected:
     """A folder of an ActivationCache. Raises StoreError where it is none, StoreDamagedError where it is torn."""
 
+    made_by = "ActivationCache"
+
     def __init__(self, path: Path) -> None:
         found = {
             int(m[1]): file for file in path.glob("shard_*.meta") if (m := re.fullmatch(r"shard_(\d+)", file.stem))
@@ -62,6 +64,12 @@ class Collected:
             value = f"{file} has {size:,} bytes of {rows * width * stored.itemsize:,}"
             raise StoreDamagedError("a shard is torn", value, "Collect it again")
         return np.memmap(file, stored, "r", shape=(rows, width))
+
+    @property
+    def site(self) -> str:
+        """Of layer_13_out: resid.13. Of any other name: the name."""
+        found = re.fullmatch(r"layer_(\d+)_(in|out)", self.path.name)
+        return f"{'resid' if found[2] == 'out' else 'resid_in'}.{found[1]}" if found else self.path.name
 
     def take(self, rows_B: np.ndarray) -> Tensor:
         out_BD = np.empty((len(rows_B), self.width), self._maps[0].dtype)

@@ -22,6 +22,10 @@ KINDS = ("resid", "resid_in", "mlp_in", "mlp_out", "attn_out", "heads")
 ATTENTION = ("self_attn", "attn", "attention")
 MLP = ("mlp",)
 PROJECTION = ("o_proj", "c_proj", "out_proj", "dense")  # of what the heads give, concatenated
+HOOK_NAMES = {  # of TransformerLens, where rows of the same values pass
+    "resid": "hook_resid_post", "resid_in": "hook_resid_pre", "mlp_out": "hook_mlp_out", "attn_out": "hook_attn_out",
+    "heads": "attn.hook_z",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -312,3 +316,16 @@ def self_check(model: nn.Module, sites: Sequence[str], ids_BT: Tensor, mask_BT: 
 
 def _finite(x_ND: Tensor) -> Tensor:
     return x_ND.nan_to_num(0.0, 0.0, 0.0)
+
+
+def hook_name(site: str) -> str | None:
+    """The hook point of TransformerLens at which the rows of a site pass; none where there is none."""
+    kind, _, block = site.partition(".")
+    return f"blocks.{block}.{HOOK_NAMES[kind]}" if kind in HOOK_NAMES and block.isdigit() else None
+
+
+def of_hook_name(name: str) -> str | None:
+    """The site at which the rows of a hook point of TransformerLens pass; none where there is none."""
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    kinds = {point: kind for kind, point in HOOK_NAMES.items()}
+    return f"{kinds[found[2]]}.{found[1]}" if found and found[2] in kinds else None

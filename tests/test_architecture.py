@@ -77,7 +77,8 @@ MODULES: dict[str, dict[str, str]] = {
         "overview": "what stores there are, how far they are, which runs used them",
         "pack": "a finished store once more, its activations compressed",
         "push": "a finished store -> a URL",
-        "adopt": "caches of dictionary_learning -> a store",
+        "cached": "datasets that SAELens' CacheActivationsRunner has written",
+        "adopt": "caches of dictionary_learning and SAELens -> a store",
         "console": "options and results of the commands",
         "upkeep": "harvest status | ls | verify | repair | pack | pull | import | inspect",
         "cli": "harvest run | plan | sites, and those of upkeep",
@@ -190,7 +191,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "psutil": ("harvest/lock.py", "shared/device.py"),
     "jinja2": ("harvest/chat.py",),
     "safetensors": ("shared/models.py", "train/checkpoint.py", "train/dictionary.py", "train/interop/tensors.py"),
-    "datasets": ("harvest/corpus.py",),
+    "datasets": ("harvest/corpus.py", "harvest/cached.py"),
     "pyarrow": ("harvest/corpus.py",),
     "dask": ("harvest/cluster.py", "shared/view.py"),  # there inside View.dask alone
     "distributed": ("harvest/cluster.py",),

@@ -512,3 +512,21 @@ def test_a_pattern_that_matches_nothing_is_refused_and_a_path_with_the_models_pr
     with pytest.raises(SiteError, match=r"the model has no site like this: resd\.\*\. See harvest sites MODEL"):
         hooks.expand(llama, "resd.*")
     assert hooks.find(llama, "model.layers.1.mlp:in").module == "layers.1.mlp"
+
+
+@pytest.mark.parametrize(
+    ("site", "point"),
+    [
+        ("resid.4", "blocks.4.hook_resid_post"), ("resid_in.4", "blocks.4.hook_resid_pre"),
+        ("attn_out.0", "blocks.0.hook_attn_out"), ("heads.2", "blocks.2.attn.hook_z"), ("layers.3.mlp:out", None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_sites_have_the_names_of_transformer_lens_where_it_has_them(site: str, point: str | None) -> None:
+    assert hooks.hook_name(site) == point
+    assert point is None or hooks.of_hook_name(point) == site
+
+
+@pytest.mark.parametrize("name", ["blocks.4.hook_mlp_in", "hook_embed", "blocks.x.hook_resid_post", ""])
+def test_a_hook_point_that_no_site_has(name: str) -> None:
+    assert hooks.of_hook_name(name) is None

@@ -160,8 +160,8 @@ def steps(folder: Path, case: str, name: str, micro: int | None) -> None:
 def trained(trainer: Trainer, case: str) -> dict[str, Any]:
     """Six updates on this rank's share of the rows: what was selected, what was told, and the state at the end.
 
-    The encoder begins longer than the decoder: where they are alike, a latent that is alone on its row has a gradient of
-    0 but for rounding, and Adam makes steps of the rounding.
+    The encoder begins longer than the decoder: where they are alike, a latent that is alone on its row has a gradient
+    of 0 but for rounding, and Adam makes steps of the rounding.
     """
     with torch.no_grad():
         for name, weight in trainer.dictionary.named_parameters():

@@ -9,6 +9,7 @@ import torch
 
 from shared import files
 from shared.errors import CheckpointError, ConfigError
+from shared.hooks import hook_name
 from train.dictionary import CONFIG, WEIGHTS, Dictionary
 from train.interop import crosscoders, crosscoders_written, plain, sae_lens, saes, sparsify
 from train.interop.found import Found, Sidecar
@@ -170,9 +171,9 @@ def _to_sae_lens(dictionary: Dictionary, origins: dict[str, Origin]) -> Export:
     reader, writer = dictionary.wiring.readers[0], dictionary.wiring.writers[0]
     origin = origins.get(reader, Origin())
     metadata: dict[str, Any] = {"sae_lens_version": sae_lens.VERSION, "granary": stated(dictionary, origins)}
-    metadata |= {"model_name": origin.model or None, "hook_name": sae_lens.hook(origin.site)}
+    metadata |= {"model_name": origin.model or None, "hook_name": hook_name(origin.site)}
     if _transcodes(dictionary):
-        metadata["hook_name_out"] = sae_lens.hook(origins.get(writer, Origin()).site)
+        metadata["hook_name_out"] = hook_name(origins.get(writer, Origin()).site)
     if str(metadata["hook_name"]).endswith("hook_z"):
         config["reshape_activations"] = "hook_z"
     notes = _codes(found.jumping().unranked())

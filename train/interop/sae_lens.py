@@ -133,13 +133,3 @@ def _named(found: Plain, transcodes: bool) -> str:
         way_out = "It has those of ReLU, JumpReLU and BatchTopK"
         raise CheckpointError("SAELens has no such transcoder", kind, way_out)
     return f"{names[kind]}{'skip_' if found.skip_ED is not None else ''}transcoder"
-
-
-def hook(site: str) -> str | None:
-    """The hook point of TransformerLens at which the rows of a site of ours pass, none where there is none."""
-    kind, _, block = site.partition(".")
-    names = {
-        "resid": "hook_resid_post", "resid_in": "hook_resid_pre", "mlp_out": "hook_mlp_out",
-        "attn_out": "hook_attn_out", "heads": "attn.hook_z",
-    }  # fmt: skip
-    return f"blocks.{block}.{names[kind]}" if kind in names and block.isdigit() else None

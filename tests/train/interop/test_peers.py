@@ -15,7 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from harvest import adopt
+from harvest.config import RowsConfig, StoreConfig
+from shared.log import Log
 from tests import cases
+from tests.tiny import byte_level
 from tests.train.interop.test_saes import random_dictionary
 from train.dictionary import Dictionary
 from train.interop import formats
@@ -52,8 +56,13 @@ def python(library: str) -> Path:
 
 
 def run(library: str, way: str, folder: Path) -> None:
+    started(library, folder, SCRIPT, library, way, folder)
+
+
+def started(library: str, folder: Path, *words: object) -> None:
+    """The Python of a library, with these arguments."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    called = [str(python(library)), str(SCRIPT), library, way, str(folder)]
+    called = [str(python(library)), *map(str, words)]
     done = subprocess.run(called, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -145,3 +154,16 @@ def test_we_get_the_same_codes_and_rows_of_its_files(library: str, tmp_path: Pat
         near(f_BL, f)
         [writer] = found.dictionary.wiring.writers
         near(found.dictionary.decode(f_BL, {"x": x})[writer], y)
+
+
+def test_a_cache_of_sae_lens_becomes_a_store(tmp_path: Path) -> None:
+    tokenizer = byte_level().save(tmp_path / "tokenizer")
+    started("sae-lens", tmp_path, SCRIPT.with_name("sae_lens_cache.py"), tokenizer, tmp_path)
+    found = adopt.find(tmp_path / "cache")
+    assert found.site == "resid.1"
+    asked = StoreConfig(path=str(tmp_path / "a.zarr"))
+    store = adopt.adopt(adopt.gathered({"a": found}), asked, RowsConfig(), Log(quiet=True))
+    x_ND = torch.load(tmp_path / "rows.pt")
+    assert store.rows == len(x_ND) == 256
+    torch.testing.assert_close(store.read(0, 256)["a"], x_ND, rtol=1e-3, atol=1e-4)
+    assert store.column("tokens/a/id").tolist() == torch.load(tmp_path / "tokens.pt").tolist()

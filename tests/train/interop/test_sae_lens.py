@@ -166,18 +166,6 @@ def test_what_sae_lens_has_not_is_refused() -> None:
         formats.export(random_dictionary("topk", "transcoder")[0], "sae_lens")
 
 
-@pytest.mark.parametrize(
-    ("site", "point"),
-    [
-        ("resid.4", "blocks.4.hook_resid_post"), ("resid_in.4", "blocks.4.hook_resid_pre"),
-        ("attn_out.0", "blocks.0.hook_attn_out"), ("heads.2", "blocks.2.attn.hook_z"), ("layers.3.mlp:out", None),
-        ("", None),
-    ],
-)  # fmt: skip
-def test_sites_have_the_names_of_transformer_lens_where_it_has_them(site: str, point: str | None) -> None:
-    assert sae_lens.hook(site) == point
-
-
 def of_sparsify(transcodes: bool, skip: bool = False) -> File:
     rng = np.random.default_rng(4)
     W, b_e, W_d, b = (rounded(*shape, rng=rng) for shape in ((L, D), (L,), (L, D), (D,)))
