@@ -11,9 +11,9 @@ import typer
 from shared.errors import ConfigError
 from train.interop.dictionary_learning.codes import CodeNormalization
 from train.interop.dictionary_learning.crosscoders import BatchTopKCrossCoder, CrossCoder
+from train.interop.dictionary_learning.crossing import BatchTopKCrossCoderTrainer, CrossCoderTrainer
 from train.interop.dictionary_learning.evaluation import evaluate
 from train.interop.dictionary_learning.pairs import Pairs, found
-from train.interop.dictionary_learning.trainers import BatchTopKCrossCoderTrainer, CrossCoderTrainer
 from train.interop.dictionary_learning.training import trainSAE
 
 VALIDATION_BATCH, LOG_STEPS = 8192, 50

@@ -53,7 +53,7 @@ def load(
     if factor is not None:
         found = found.over(torch.zeros_like(found.bias_E), torch.tensor(1 / factor))
         notes = (*notes, f"a backup of a run: rows are divided by {factor:.6g}, which is folded into the weights")
-    return Found(_named(found, names), told, notes, {"form": found.form})
+    return Found(_named(found, names), told, notes, {"form": found.form, "scaled": found.scaled})
 
 
 def _weights(path: Path) -> Path:

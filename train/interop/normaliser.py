@@ -10,13 +10,15 @@ scale = target_rms / sqrt(sum of std^2 + 1e-8). Its files' own way back divides 
 Letters: S sources, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shared.errors import CheckpointError
-from train.interop.tensors import Taken
+from train.interop.tensors import State, Taken
+from train.scale import Scale
 
 OLD = ("activation_normalizer.mean", "activation_normalizer.std")
 NEW = ("activation_mean", "activation_std")
@@ -31,6 +33,37 @@ class Normaliser:
     factor: Tensor
     std_SD: Tensor
     target: float = 1.0
+
+    @classmethod
+    def of(cls, mean_SD: Tensor, std_SD: Tensor, target: float, shape: tuple[int, int]) -> "Normaliser":
+        """That of E7, which scales rows to a root mean square length of `target`. Raises CheckpointError for others."""
+        for what, given in (("means", mean_SD), ("spreads", std_SD)):
+            if given.shape != shape:
+                way_out = f"{shape[1]} of each source: {shape[0]}"
+                raise CheckpointError(f"{what} of another shape", tuple(given.shape), way_out)
+        std_SD = std_SD.detach().float().cpu()
+        factor_S = target / (std_SD.double().square().sum(1) + SMALL).sqrt()
+        return cls(mean_SD.detach().float().cpu(), factor_S.float(), std_SD, float(target))
+
+    @classmethod
+    def off(cls, sources: int, width: int) -> "Normaliser":
+        """What a state has where none is in use."""
+        off_SD = torch.full((sources, width), torch.nan)
+        return cls(off_SD, torch.ones(sources), off_SD)
+
+    def put(self, scale: Scale, sources: Sequence[str]) -> None:
+        """Let the scale of a dictionary be this one. One row here: for all of them."""
+        for number, name in enumerate(sources):
+            own = number if len(self.factor) > 1 else 0
+            scale.mean(name).copy_(self.mean_SD[own])
+            scale.factor(name).copy_(self.factor[own])
+
+    def single_state(self) -> State:
+        """Of a dictionary of one source, as crosscoder_learning keeps it."""
+        return {
+            "target_rms": torch.tensor(self.target), "activation_mean": self.mean_SD[0],
+            "activation_std": self.std_SD[0], "activation_global_scale": self.factor[0],
+        }  # fmt: skip
 
 
 def taken(state: Taken, sources: int, width: int) -> tuple[Normaliser | None, str]:

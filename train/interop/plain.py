@@ -17,6 +17,7 @@ from train import method as methods
 from train.activation import log_threshold
 from train.code import Form
 from train.dictionary import Dictionary, Norm, create
+from train.interop.normaliser import Normaliser
 from train.scale import Scale
 from train.wiring import Span, Wiring
 
@@ -37,6 +38,7 @@ class Plain:
     skip_ED: Tensor | None = None
     groups: tuple[int, ...] = ()
     rescaled: bool = False  # codes are those of the dictionary times the length of the decoder's vector
+    scaled: Normaliser | None = None  # the matrices are of (x - mean) x factor, one factor for all coordinates
 
     @property
     def ranked(self) -> bool:
@@ -122,6 +124,8 @@ class Plain:
             for name, value in self.parameters(names).items():
                 made.get_parameter(name).copy_(value)
             made.activation.adopt(self.form)
+            if self.scaled is not None:
+                self.scaled.put(made.scale, (reader, writer))
         made.activation.schedule(sys.maxsize)
         return made.eval().requires_grad_(False)
 

@@ -110,10 +110,12 @@ def _batch_topk(state: Taken, sidecar: Sidecar) -> Read:
     form, notes = _threshold(state, sidecar, len(bias_L))
     found = _plain(state, form, encoder_LD, bias_L, state.tensor("b_dec", encoder_LD.shape[1]))
     scaled, era = normaliser.taken(state, 1, encoder_LD.shape[1])
-    if scaled is not None:
-        found = found.over(scaled.mean_SD[0], scaled.factor[0])
-        notes = (f"rows are scaled as {era} does, which is folded into the weights", *notes)
-    return found, notes
+    if scaled is None:
+        return found, notes
+    if scaled.factor.ndim == 1:
+        return replace(found, scaled=scaled), (f"rows are scaled as {era} does", *notes)
+    found = found.over(scaled.mean_SD[0], scaled.factor[0])
+    return found, (f"rows are scaled as {era} does, which is folded into the weights", *notes)
 
 
 def _matryoshka(state: Taken, sidecar: Sidecar) -> Read:

@@ -122,7 +122,8 @@ def formula(kind: str, s: dict[str, Tensor], x: Tensor) -> Tensor:
 def test_gradients_are_those_of_the_reference(kind: str) -> None:
     torch.manual_seed(1)
     made, x = fresh(kind), torch.randn(B, D)
-    for name in made.shown:
+    names = [name for name in made.shown if name in made.state_dict()]
+    for name in names:
         if name not in ("k", "threshold", "group_sizes"):
             made.put(name, made.tensor(name).detach() + 0.1 * torch.randn(made.tensor(name).shape))
     made.threshold = torch.full((L,), 0.1) if kind == "JumpReluAutoEncoder" else 0.1
@@ -130,7 +131,7 @@ def test_gradients_are_those_of_the_reference(kind: str) -> None:
     (made(x) - x).square().sum().backward()
     leaves = {n: v.double().requires_grad_() if v.is_floating_point() else v for n, v in made.state_dict().items()}
     (formula(kind, leaves, x.double()) - x.double()).square().sum().backward()
-    for name in made.shown:
+    for name in names:
         gradient = made.tensor(name).grad
         if name in ("k", "threshold", "group_sizes"):  # JumpReLU's is an estimate, and no gradient of this
             continue
@@ -433,6 +434,54 @@ def test_a_normaliser_is_that_of_means_and_spreads(tmp_path: Path) -> None:
     for name, value in made.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     assert not CrossCoder(D, L, activation_mean=mean * torch.nan, activation_std=std).has_activation_normalizer
+
+
+def test_a_normaliser_of_an_autoencoder_is_of_its_state(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    mean, std = torch.randn(D), torch.rand(D) + 0.5
+    made = BatchTopKSAE(D, L, K, activation_mean=mean, activation_std=std, target_rms=3.0, encoder_init_norm=0.5)
+    made.threshold, made.b_dec = 0.2, 0.1 * torch.randn(D)
+    x = mean + std * torch.randn(50_000, D)
+    scaled = (x - mean) * 3.0 / (std.square().sum() + 1e-8).sqrt()
+    torch.testing.assert_close(made.normalize_activations(x), scaled, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made.denormalize_activations(scaled), x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scaled.square().sum(1).mean(), torch.tensor(9.0), rtol=2e-2, atol=0)
+    state = made.state_dict()
+    assert float(state["target_rms"]) == 3.0 and torch.equal(state["activation_mean"], mean)
+    torch.testing.assert_close(state["encoder.weight"].norm(dim=1), torch.full((L,), 0.5))
+    expected = formula("BatchTopKSAE", state, scaled[:B]) / state["activation_global_scale"] + mean
+    torch.testing.assert_close(made(x[:B]), expected, rtol=1e-4, atol=1e-4)
+    made.save_pretrained(tmp_path / "it")
+    torch.save(state, tmp_path / "ae.pt")
+    for path in ("it", "ae.pt"):
+        again = BatchTopKSAE.from_pretrained(tmp_path / path)
+        assert again.has_activation_normalizer and torch.equal(again(x[:B]), made(x[:B]))
+        assert {n: v.tolist() for n, v in again.state_dict().items()} == {n: v.tolist() for n, v in state.items()}
+    other = BatchTopKSAE(D, L, K)
+    other.load_state_dict(state)
+    assert torch.equal(other(x[:B]), made(x[:B]))
+
+
+def test_what_a_normaliser_of_an_autoencoder_does_not_allow() -> None:
+    mean, std = torch.zeros(D), torch.ones(D)
+    made = BatchTopKSAE(D, L, K, activation_mean=mean, activation_std=std)
+    for refused in (lambda: made.scale_biases(2.0), lambda: made.reading("x", "y")):
+        with pytest.raises(CheckpointError, match="scaled already"):
+            refused()
+    with pytest.raises(CheckpointError, match="set_normalizer"):
+        made.activation_mean = torch.ones(D)
+    for wrong in (torch.zeros(D + 1), torch.zeros(1, D)):
+        with pytest.raises(CheckpointError, match="means of another shape"):
+            made.set_normalizer(wrong, std)
+    with pytest.raises(CheckpointError, match="spreads of another shape"):
+        CrossCoder(D, L, activation_mean=torch.zeros(2, D), activation_std=torch.ones(3, D))
+    with pytest.raises(CheckpointError, match="means of another shape"):
+        CrossCoder(D, L, activation_mean=torch.zeros(3, D), activation_std=torch.ones(3, D))
+    made.set_normalizer(None, None)
+    x = torch.randn(B, D)
+    assert not made.has_activation_normalizer and torch.equal(made.normalize_activations(x), x)
+    assert "activation_mean" not in made.state_dict() and made.activation_mean.isnan().all()
+    assert not BatchTopKSAE(D, L, K, activation_mean=mean * torch.nan, activation_std=std).has_activation_normalizer
 
 
 @every_norm

@@ -113,15 +113,21 @@ def test_a_checkpoint_finds_its_table_above(tmp_path: Path) -> None:
     assert formats.load(path).kind == "BatchTopKSAE"
 
 
-def test_a_normaliser_is_folded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("era", ["E5", "E6"])
+def test_rows_are_scaled_as_the_file_says(tmp_path: Path, era: str) -> None:
     made = files.autoencoder("BatchTopKSAE")
     mean, scale = np.full(D, 0.5), 0.25
-    off = {"activation_std": torch.ones(D), "target_rms": number(1.0), "activation_global_scale": number(scale)}
-    made.state |= {"activation_mean": torch.from_numpy(mean).float(), **off}
+    std = torch.full((D,), 4.0)
+    later = {"target_rms": number(1.0), "activation_global_scale": number(scale)}
+    made.state |= {"activation_mean": torch.from_numpy(mean).float(), "activation_std": std}
+    made.state |= later if era == "E6" else {}
     made.rows, made.y = made.rows / scale + mean, made.y / scale + mean
     found = formats.load(made.write(tmp_path, "ae.pt"))
     assert_gives(found.dictionary, made)
-    assert "folded" in found.notes[0]
+    assert ("folded" in found.notes[0]) == (era == "E5")
+    assert float(found.dictionary.scale.factor("x")) == (1.0 if era == "E5" else scale)
+    exported = formats.export(found.dictionary, "dictionary_learning").states["ae.pt"]
+    assert "activation_mean" not in exported  # folded, as saprmarks' class has it
 
 
 def test_a_threshold_that_was_never_set_lets_every_positive_one_pass(tmp_path: Path) -> None:

@@ -362,6 +362,31 @@ def test_several_configs_give_several_dictionaries_and_folders(tmp_path: Path) -
     assert type(trainSAE(data, trainer_configs=configs[:1], steps=2)) is AutoEncoder
 
 
+def test_a_backup_is_of_the_weights_so_far(tmp_path: Path) -> None:
+    data = [10 * next(planted(seed=n)) for n in range(8)]
+    config = {"trainer": StandardTrainer, **COMMON, "l1_penalty": 0.1}
+
+    def stopping(trainer: Any, step: int) -> dict[str, float]:
+        if step == 7:
+            raise InterruptedError
+        return {}
+
+    asked: dict[str, Any] = {"normalize_activations": True, "log_steps": 1, "end_of_step_logging_fn": stopping}
+    with pytest.raises(InterruptedError):
+        trainSAE(data, trainer_configs=[config], backup_steps=5, save_dir=tmp_path, **asked)
+    backup = torch.load(tmp_path / "trainer_0" / "ae.pt", weights_only=True)
+    assert set(backup) == {"step", "ae", "optimizer", "config", "norm_factor"} and backup["step"] == 5
+    assert backup["config"]["trainer_class"] == "StandardTrainer" and backup["norm_factor"] > 10
+    assert all(int(one["step"]) == 5 for one in backup["optimizer"]["state"].values())
+    until = trainSAE(data, config, steps=5, normalize_activations=True)  # the factor is that of all of `data`
+    found, _ = load_dictionary(tmp_path / "trainer_0", "cpu")
+    torch.testing.assert_close(found(data[0]), until(data[0]), rtol=1e-4, atol=1e-3)
+    f_BL = found.encode(data[0]) * backup["norm_factor"]
+    torch.testing.assert_close(f_BL, until.encode(data[0]), rtol=1e-4, atol=1e-3)
+    done = trainSAE(data, trainer_configs=[config], backup_steps=5, save_dir=tmp_path / "done")
+    assert torch.equal(load_dictionary(tmp_path / "done/trainer_0", "cpu")[0].encode(data[0]), done.encode(data[0]))
+
+
 def test_rows_that_are_divided_are_not_changed_and_the_dictionary_is_of_rows_as_they_are() -> None:
     data = [10 * next(planted(seed=n)) for n in range(STEPS)]
     kept = [x.clone() for x in data]
@@ -637,6 +662,20 @@ def test_rows_of_crosscoders_that_are_divided() -> None:
     config = {"trainer": BatchTopKCrossCoderTrainer, **COMMON, **TWO["BatchTopKCrossCoderTrainer"], "lr": 1e-2}
     ae = trainSAE(data, config, normalize_activations=True)
     assert evaluate(ae, [10 * next(planted(2, seed=99))])["frac_variance_explained"] > 0.3
+
+
+def test_an_autoencoder_learns_from_rows_that_its_normaliser_scales() -> None:
+    mean, data = torch.linspace(-3, 3, D), [10 * next(planted(seed=n)) for n in range(STEPS)]
+    data = [mean + x_BD for x_BD in data]
+    std = torch.cat(data).std(0)
+    config = {"trainer": BatchTopKTrainer, **COMMON, "k": 4, "lr": 1e-2, "activation_mean": mean, "activation_std": std}
+    ae = trainSAE(data, config)
+    assert ae.has_activation_normalizer
+    assert evaluate(ae, [mean + 10 * next(planted(seed=99))])["frac_variance_explained"] > 0.3
+    with pytest.raises(ConfigError, match="normalize_activations"):
+        trainSAE(data, config, normalize_activations=True)
+    other = BatchTopKTrainer(**COMMON, k=4, pretrained_ae=ae, activation_mean=mean + 1, activation_std=std).ae
+    torch.testing.assert_close(other.state_dict()["activation_mean"], mean + 1)
 
 
 def test_a_k_that_falls_goes_on_where_weights_are_written() -> None:

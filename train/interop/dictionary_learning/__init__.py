@@ -31,6 +31,7 @@ from train.interop.dictionary_learning.crosscoders import (
     CrossCoderDecoder,
     CrossCoderEncoder,
 )
+from train.interop.dictionary_learning.crossing import BatchTopKCrossCoderTrainer, CrossCoderTrainer
 from train.interop.dictionary_learning.dedicated import (
     DedicatedFeatureBatchTopKCrossCoder,
     DedicatedFeatureCrossCoder,
@@ -42,9 +43,7 @@ from train.interop.dictionary_learning.partition import FeaturePartition
 from train.interop.dictionary_learning.shaped import Dictionary
 from train.interop.dictionary_learning.trainer import LossLog, Trainer
 from train.interop.dictionary_learning.trainers import (
-    BatchTopKCrossCoderTrainer,
     BatchTopKTrainer,
-    CrossCoderTrainer,
     GatedAnnealTrainer,
     GatedSAETrainer,
     JumpReluTrainer,

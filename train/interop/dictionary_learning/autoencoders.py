@@ -14,10 +14,13 @@ from torch.nn.functional import relu
 from shared.errors import CheckpointError
 from train.interop import hub, saes
 from train.interop.dictionary_learning.sae import SAE, SOURCE
-from train.interop.dictionary_learning.shaped import Dictionary
+from train.interop.dictionary_learning.shaped import Dictionary, require_unscaled
+from train.interop.normaliser import Normaliser
 from train.interop.tensors import State
+from train.scale import Scale
 
 LAYERS = ("encoder.weight", "encoder.bias", "decoder.weight")
+BUFFERS = ("target_rms", "activation_mean", "activation_std", "activation_global_scale")
 MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -227,16 +230,78 @@ class AutoEncoderTopK(KeepingK):
 
 @final
 class BatchTopKSAE(KeepingK):
-    """f: those of a = relu(W_e (x - b_dec) + b_e) above a threshold, x_hat = W_d f + b_dec (Bussmann et al. 2024).
+    """f: those of a = relu(W_e (x~ - b_dec) + b_e) above a threshold, x~_hat = W_d f + b_dec (Bussmann et al. 2024).
 
-    Without `use_threshold`: the k x B largest of a batch.
+    Without `use_threshold`: the k x B largest of a batch. x~ = (x - mean) x target_rms / sqrt(sum of std^2), where
+    means and spreads [D] are given; then they are of its state, too.
     """
 
-    shown = ("b_dec", *LAYERS, "k", "threshold")
+    shown = ("b_dec", *LAYERS, "k", "threshold", *BUFFERS)
     method = "batch_topk"
 
-    def __init__(self, activation_dim: int, dict_size: int, k: int) -> None:
+    def __init__(
+        self, activation_dim: int, dict_size: int, k: int, activation_mean: Tensor | None = None,
+        activation_std: Tensor | None = None, target_rms: float = 1.0, encoder_init_norm: float = 1.0,
+    ) -> None:  # fmt: skip
         self._begin(activation_dim, dict_size, k=k)
+        with torch.no_grad():
+            self.core.encoder[self._name].mul_(encoder_init_norm)
+        self.set_normalizer(activation_mean, activation_std, target_rms)
+
+    def _settle(self) -> None:
+        super()._settle()
+        self._scaled: Normaliser | None = None
+
+    def set_normalizer(self, mean: Tensor | None, std: Tensor | None, target_rms: float = 1.0) -> None:
+        """Let rows be scaled by means and spreads [D], to a root mean square of their length; none: as they are."""
+        scaled = None
+        if mean is not None and std is not None and not bool(mean.isnan().any() or std.isnan().any()):
+            scaled = Normaliser.of(mean[None], std[None], target_rms, (1, self.activation_dim))
+        self.core.scale = Scale(self.core.wiring.widths).to(self.core.activation.bias_L)
+        self._scale(scaled)
+
+    @torch.no_grad()
+    def _scale(self, scaled: Normaliser | None) -> None:
+        self._scaled = scaled
+        if scaled is not None:
+            scaled.put(self.core.scale, self._ends)
+
+    @property
+    def has_activation_normalizer(self) -> bool:
+        return self._scaled is not None
+
+    def normalize_activations(self, x: Tensor) -> Tensor:
+        """x~ of rows [..., D]."""
+        return self.core.scale.scaled(self._name, x)
+
+    def denormalize_activations(self, x: Tensor) -> Tensor:
+        """Rows of x~ [..., D]."""
+        return self.core.scale.raw(self._to, x)
+
+    def scale_biases(self, scale: float) -> None:
+        """Raises CheckpointError where rows are scaled by their spread."""
+        require_unscaled(self.has_activation_normalizer)
+        super().scale_biases(scale)
+
+    def reading(self, source: str, writing: str) -> Self:
+        require_unscaled(self.has_activation_normalizer)
+        return super().reading(source, writing)
+
+    def _state(self) -> State:
+        found = super()._state()
+        return found if self.has_activation_normalizer else {n: v for n, v in found.items() if n not in BUFFERS}
+
+    def _small(self) -> State:
+        scaled = self._scaled or Normaliser.off(1, self.activation_dim)
+        return {**super()._small(), **scaled.single_state()}
+
+    def _put_small(self, name: str, given: Tensor) -> bool:
+        if name in BUFFERS:
+            raise CheckpointError("this is changed with the others", name, "Use set_normalizer(mean, std, target_rms)")
+        return super()._put_small(name, given)
+
+    def _tell(self, told: Mapping[str, Any]) -> None:
+        self._scale(told.get("scaled"))
 
     def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         """f; with `return_active` also which latents fire, [L], and a."""

@@ -20,9 +20,9 @@ from train.interop import crosscoders as files
 from train.interop import crosscoders_written as written
 from train.interop.dictionary_learning.codes import CodeNormalization
 from train.interop.dictionary_learning.layers import CrossCoderDecoder, CrossCoderEncoder
-from train.interop.dictionary_learning.shaped import HERE, Shaped, kept
+from train.interop.dictionary_learning.shaped import HERE, Shaped, kept, require_unscaled
 from train.interop.found import Found, Sidecar
-from train.interop.normaliser import SMALL
+from train.interop.normaliser import Normaliser
 from train.interop.saes import UNTRAINED
 from train.interop.tensors import COMPILED, State, Taken
 from train.scale import Scale
@@ -122,14 +122,12 @@ class CrossCoder(Shaped):
         (In crosscoder_learning they are arguments of the class, too.)
         """
         self._target = 1.0 if target_rms is None else float(target_rms)
-        used = mean is not None and std is not None and not bool(mean.isnan().any() or std.isnan().any())
-        if mean is None or std is None or not used:
-            mean, std = torch.zeros_like(self._std), torch.full_like(self._std, torch.nan)
-        self._std = std.detach().float().cpu().clone()
-        scale_S = self._target / (std.double().square().sum(1) + SMALL).sqrt()
-        for number, name in enumerate(self._names):
-            self.core.scale.mean(name).copy_(mean[number])
-            self.core.scale.factor(name).copy_(scale_S[number] if used else torch.ones(()))
+        self._std, none = torch.full_like(self._std, torch.nan), torch.zeros_like(self._std)
+        scaled = Normaliser(none, torch.ones(self.num_layers), self._std)
+        if mean is not None and std is not None and not bool(mean.isnan().any() or std.isnan().any()):
+            scaled = Normaliser.of(mean, std, self._target, (self.num_layers, self.activation_dim))
+            self._std = scaled.std_SD
+        scaled.put(self.core.scale, self._names)
 
     def normalize_activations(self, x: Tensor) -> Tensor:
         """x~ of rows [B, S, D]."""
@@ -143,8 +141,7 @@ class CrossCoder(Shaped):
 
     def scale_biases(self, scale: float) -> None:
         """Raises CheckpointError where rows are scaled by their spread."""
-        if self.has_activation_normalizer:
-            raise CheckpointError("rows are scaled already", "a normaliser", "Leave normalize_activations out")
+        require_unscaled(self.has_activation_normalizer)
         super().scale_biases(scale)
 
     @property

@@ -93,7 +93,8 @@ class SAE(Shaped, ABC):
 
     def _found(self, state: Mapping[str, Any]) -> Found:
         found = self._read(state)
-        return Found(found.dictionary(self._ends), type(self).__name__, told={"form": found.form})
+        told = {"form": found.form, "scaled": found.scaled}
+        return Found(found.dictionary(self._ends), type(self).__name__, told=told)
 
     def _gradient(self, name: str) -> Tensor | None:
         """By the chain rule from those of the weights, which are functions of the state."""

@@ -233,6 +233,12 @@ class Shaped(Dictionary, ABC):
             return hub.upload(Path(folder) / "it", repo_id, private, token, commit_message)
 
 
+def require_unscaled(scales: bool) -> None:
+    """Raises CheckpointError where rows are scaled by their spread already."""
+    if scales:
+        raise CheckpointError("rows are scaled already", "a normaliser", "Leave normalize_activations out")
+
+
 @torch.no_grad()
 def adopt(core: cores.Dictionary, made: cores.Dictionary) -> None:
     """Give a dictionary the weights, scale and form of another of its wiring, in the tensors that it has."""

@@ -6,6 +6,7 @@ Letters: B rows, S sources, D width, L latents.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -56,13 +57,16 @@ class Trainer(ABC):
 
     def update(self, step: int, x: Any) -> float:
         """One step on a batch. Returns its loss."""
-        if "_optimiser" not in self.__dict__:
-            self._optimiser = torch.optim.Adam(self.ae.parameters(), self.lr)
         value: Tensor = self.loss(x, step=step)
         value.backward()
-        self._optimiser.step()
-        self._optimiser.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return float(value.detach())
+
+    @cached_property
+    def optimizer(self) -> Any:
+        """Adam with `lr`, begun at the first step; a trainer of one's own may set another one."""
+        return torch.optim.Adam(self.ae.parameters(), self.lr)
 
     def get_logging_parameters(self) -> dict[str, Any]:
         """What `logging_parameters` names."""
@@ -101,6 +105,10 @@ class Built(Trainer, ABC):
             self.core = Loose(self.ae, self.recipe, asked.activation_dim, asked.dict_size)
         self.device = self.core.idle_L.device
         self.last: dict[str, Tensor] = {}
+
+    @property
+    def optimizer(self) -> Any:
+        return self.core.optimiser
 
     @abstractmethod
     def recipe_of(self, asked: Any) -> Recipe:

@@ -5,6 +5,7 @@ Letters: B rows, S sources, D width, L latents, H heads.
 
 import copy
 import inspect
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,6 +59,17 @@ class Run:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_state(self.folder / name, self.released().state_dict())
 
+    def backup(self, step: int) -> None:
+        """What the last weights are called, while it goes on: {step, ae, optimizer, config, norm_factor}, of rows that
+        are divided, in the place of the one before."""
+        if self.folder is None:
+            return
+        told = json.loads(json.dumps(self.trainer.config, default=str))
+        state = {name: value.cpu() for name, value in self.ae.state_dict().items()}
+        kept = {"step": step, "ae": state, "optimizer": self.trainer.optimizer.state_dict(), "config": told}
+        torch.save({**kept, "norm_factor": self.factor}, file := io.BytesIO())
+        files.write_atomic(self.folder / self.final, file.getvalue())
+
     def begin(self, factor: float, data: Any, watched: tuple[Any, Any, Any] | None, more: Mapping[str, Any]) -> None:
         """Say what is trained, and on what; `watched`: by whom, beside files."""
         self.factor = factor
@@ -87,7 +99,7 @@ def trainSAE(
     dtype: torch.dtype = torch.float32, return_last_eval_logs: bool = False, resample_steps: int | None = None,
     warmup_steps: int | None = None, run_cfg: Mapping[str, Any] | None = None, verbose: bool = False,
     device: Any = None, autocast_dtype: torch.dtype | None = None, save_last_eval: bool = True,
-    run_wandb_finish: bool = True,
+    run_wandb_finish: bool = True, backup_steps: int | None = None,
 ) -> Any:  # fmt: skip
     """Train dictionaries on batches of rows [B, D], [B, S, D] of crosscoders, or pairs (x, y) where `transcoder`.
 
@@ -98,7 +110,8 @@ def trainSAE(
 
     save_dir of `trainer_config`: config.json, checkpoint_{step}.pt, model_final.pt, eval_logs_{step}.pt,
     last_eval_logs.pt. Of `trainer_configs`: trainer_{i}/ with config.json, checkpoints/ae_{step}.pt, ae.pt.
-    metrics.jsonl has what is logged. Neither `data`'s tensors nor the configs are changed; logging and validating
+    metrics.jsonl has what is logged. Every `backup_steps` the weights so far and the optimiser's state are written
+    under the name of the last weights. Neither `data`'s tensors nor the configs are changed; logging and validating
     change no tensor of a trainer.
 
     Raises ConfigError for what cannot be followed, before the first step; TrainingError where no batch comes.
@@ -108,9 +121,7 @@ def trainSAE(
     given = {"steps": steps, "resample_steps": resample_steps, "warmup_steps": warmup_steps, "device": device}
     dtype = dtype if autocast_dtype is None else autocast_dtype
     given |= {"transcoder": True} if transcoder else {}
-    several = trainer_configs is not None
-    asked = _asked(trainer_config, trainer_configs)
-    runs = [_run(config, given, save_dir, number if several else None) for number, config in enumerate(asked)]
+    runs = _runs(trainer_config, trainer_configs, given, save_dir)
     for run in runs:
         _follows(run, dtype, normalize_activations)
     factor, batches = _factor(iter(data)) if normalize_activations else (1.0, iter(data))
@@ -119,8 +130,8 @@ def trainSAE(
             run.trainer.ae.core.kernels = Kernels(precision="bf16")
         run.begin(factor, data, (wandb_project, wandb_entity, wandb_group) if use_wandb else None, run_cfg or {})
     loop = Loop(
-        runs, _steps(save_steps), log_steps, activations_split_by_head, end_of_step_logging_fn, verbose, save_last_eval,
-        run_wandb_finish,
+        runs, _steps(save_steps), _steps(backup_steps), log_steps, activations_split_by_head, end_of_step_logging_fn,
+        verbose, save_last_eval, run_wandb_finish,
     )  # fmt: skip
     if start_of_training_eval:
         loop.validate(0, validation_data)
@@ -144,6 +155,7 @@ class Loop:
 
     runs: Sequence[Run]
     saves: Callable[[int], bool]
+    backs_up: Callable[[int], bool]
     log_steps: int | None
     by_head: bool
     more: Figures | None
@@ -157,6 +169,8 @@ class Loop:
             x = _own(batch, number, self.by_head, run.factor)
             if self.saves(step):
                 run.keep(run.checkpoint.format(step=step))
+            if step and self.backs_up(step):
+                run.backup(step)
             if logs:
                 figures = {**_figures(run, x, step), **(self.more(run.trainer, step) if self.more else {})}
                 run.tell(step, figures)
@@ -187,6 +201,12 @@ class Loop:
             run.keep(run.final)
             if run.watch is not None and self.finishes:
                 run.watch.finish()
+
+
+def _runs(one: Any, several: Any, given: Mapping[str, Any], save_dir: Any) -> list[Run]:
+    """The trainers of one config, or of several."""
+    asked = _asked(one, several)
+    return [_run(config, given, save_dir, None if several is None else n) for n, config in enumerate(asked)]
 
 
 def _asked(one: Any, several: Any) -> list[Mapping[str, Any]]:
