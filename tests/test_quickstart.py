@@ -45,7 +45,9 @@ def _all_cores() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the quickstart's two commands were run, on fewer rows, for fewer latents."""
-    return quickstart(tmp_path_factory.mktemp("quickstart"), ["rows.count=16000"], ["wiring.latents=1024"])
+    return quickstart(
+        tmp_path_factory.mktemp("quickstart"), ["rows.count=8000", "rows.seed=4"], ["wiring.latents=1024", "steps=200"]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from train.wiring import Wiring
 pytest.importorskip("triton", reason="Triton is not installed: it is for Linux on x86_64")
 
 from tests.train.compiling import apart
-from train.kernels import radix
+from train.kernels import fused, radix
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS, LATENTS = 3, 300
@@ -33,7 +33,8 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ask]:
     """`asking` for selections, by programs that hold so little that small matrices take several of them and turns."""
     monkeypatch.setattr(radix, "TILE", 256)
     monkeypatch.setattr(radix, "CHUNK", 600)
-    monkeypatch.setattr(radix, "check", lambda device: None)  # which takes many such tiles, and has a test of its own
+    for module in (fused, radix):
+        monkeypatch.setattr(module, "check", lambda device: None)  # which is slow, and has a test of its own
     with asking(monkeypatch, radix, "top_per_row", "top_of_all") as ask:
         yield ask
 
@@ -263,7 +264,7 @@ def test_a_device_that_selects_wrongly_or_not_at_all_is_not_taken(monkeypatch: p
 COMPILE = """
 import torch
 from tests.train.compiling import CAPABILITIES, compiled, products
-from train.kernels import radix
+from train.kernels import fused, radix
 
 for capability in CAPABILITIES:
     options = radix.OPTIONS, capability
