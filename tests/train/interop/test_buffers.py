@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from shared.errors import ConfigError
+from tests.peers import python_of
 from tests.shared.test_live import WIDTH, expected, loaded  # noqa: F401 (a fixture)
 from tests.tiny import TEXTS
 from train.interop.dictionary_learning import (
@@ -141,11 +142,9 @@ def test_a_loss_is_recovered_of_rows_that_are_scaled(loaded: Loaded) -> None:  #
     assert seen.size == pytest.approx(WIDTH**0.5, rel=1e-4) and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.peers
 def test_nnsights_models_and_envoys_are_taken(loaded: Loaded, tmp_path: Path) -> None:  # noqa: F811
-    folder = os.environ.get("GRANARY_PEERS")
-    python = Path(folder or "") / "nnsight" / "bin" / "python"
-    if not folder or not python.exists():
-        pytest.skip("nnsight is not at hand (GRANARY_PEERS)")
+    python = python_of("nnsight")
     model, tokenizer = loaded
     model.save_pretrained(tmp_path / "neox")
     tokenizer.save_pretrained(tmp_path / "neox")

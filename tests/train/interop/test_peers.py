@@ -19,12 +19,13 @@ from harvest import adopt
 from harvest.config import RowsConfig, StoreConfig
 from shared.log import Log
 from tests import cases
+from tests.peers import python_of
 from tests.tiny import byte_level
 from tests.train.interop.test_saes import random_dictionary
 from train.dictionary import Dictionary
 from train.interop import formats
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.peers
 SCRIPT = Path(__file__).with_name("peers.py")
 LIBRARIES = ("dictionary-learning", "sae-lens", "eai-sparsify")
 TARGETS = {"dictionary-learning": "dictionary_learning", "sae-lens": "sae_lens", "eai-sparsify": "sparsify"}
@@ -45,16 +46,6 @@ WRITTEN = {  # what each of them wrote, and which kind we find it to be
 }  # fmt: skip
 
 
-def python(library: str) -> Path:
-    """Its environment's Python. Skips where there is none."""
-    if not (folder := os.environ.get("GRANARY_PEERS")):
-        pytest.skip("GRANARY_PEERS is not set: other libraries are not at hand")
-    found = Path(folder) / library / "bin" / "python"
-    if not found.exists():
-        pytest.skip(f"{library} could not be installed into {found.parents[1]}")
-    return found
-
-
 def run(library: str, way: str, folder: Path) -> None:
     started(library, folder, SCRIPT, library, way, folder)
 
@@ -62,7 +53,7 @@ def run(library: str, way: str, folder: Path) -> None:
 def started(library: str, folder: Path, *words: object) -> None:
     """The Python of a library, with these arguments."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    called = [str(python(library)), *map(str, words)]
+    called = [str(python_of(library)), *map(str, words)]
     done = subprocess.run(called, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -88,7 +79,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
 
     @cache
     def asked(library: str) -> dict[str, Answer]:
-        python(library)
+        python_of(library)
         folder = tmp_path_factory.mktemp(library)
         given, notes = dictionaries(library), {}
         for name, (made, x) in given.items():
