@@ -17,6 +17,7 @@ from train.interop.dictionary_learning.pairs import Pairs, found
 from train.interop.dictionary_learning.training import trainSAE
 
 VALIDATION_BATCH, LOG_STEPS = 8192, 50
+EXPANSION = 32  # latents per component of a row
 LENGTHS = {"relu": 0.005, "batch-top-k": 1.0}  # of fresh vectors, as the script has them
 
 Option = typer.Option
@@ -29,7 +30,9 @@ def crosscoder(
     layer: Annotated[int | None, Option(help="Block whose output the rows are; of a source by its name: none.")] = None,
     dataset: Annotated[list[str] | None, Option(help="Of a folder; repeatable. None: all that both have.")] = None,
     type_: Annotated[str, Option("--type", help="relu or batch-top-k.")] = "relu",
-    expansion_factor: Annotated[int, Option(help="Latents per component of a row.")] = 32,
+    expansion_factor: Annotated[
+        int | None, Option(help="Latents per component of a row; none: 32, or as pretrained.")
+    ] = None,
     batch_size: Annotated[int, Option(help="Rows.")] = 2048,
     mu: Annotated[float, Option(help="Price of codes (relu).")] = 1e-1,
     lr: Annotated[float, Option(help="Learning rate.")] = 1e-3,
@@ -108,7 +111,7 @@ def _config(asked: Any, pairs: Pairs, steps: int) -> dict[str, Any]:
         "code_normalization": CodeNormalization.from_string(asked.code_normalization or "crosscoder"),
     }  # fmt: skip
     config: dict[str, Any] = {
-        "activation_dim": pairs.width, "dict_size": asked.expansion_factor * pairs.width, "lr": asked.lr,
+        "activation_dim": pairs.width, "dict_size": (asked.expansion_factor or EXPANSION) * pairs.width, "lr": asked.lr,
         "steps": steps, "warmup_steps": min(1000, steps // 10), "resample_steps": asked.resample_steps,
         "seed": asked.seed, "device": asked.device, "layer": asked.layer,
         "lm_name": f"{asked.base_model}-{asked.instruct_model}",
@@ -117,7 +120,10 @@ def _config(asked: Any, pairs: Pairs, steps: int) -> dict[str, Any]:
     if asked.pretrained is None:
         config["dict_class_kwargs"] = keys
     else:
-        config["pretrained_ae"] = _pretrained(asked, kind)
+        config["pretrained_ae"] = ae = _pretrained(asked, kind)
+        if asked.expansion_factor is not None and ae.dict_size != config["dict_size"]:
+            value = f"{ae.dict_size} latents, not {config['dict_size']}"
+            raise ConfigError("--pretrained has another size", value, "Leave --expansion-factor out")
     if asked.normalize:
         mean, std = pairs.spread()
         config |= {"activation_mean": mean.float(), "activation_std": std.float()}
@@ -132,6 +138,7 @@ def _config(asked: Any, pairs: Pairs, steps: int) -> dict[str, Any]:
 def _pretrained(asked: Any, kind: Any) -> Any:
     """What --pretrained names. Raises ConfigError for an option that asks for another one."""
     fresh = ("encoder_layers", "norm_init_scale", "same_init_for_all_layers")
-    if given := [f"--{name.replace('_', '-')}" for name in fresh if getattr(asked, name)]:
+    given = [f"--{name.replace('_', '-')}" for name in fresh if getattr(asked, name)]
+    if given := given + ([] if asked.init_with_transpose else ["--no-init-with-transpose"]):
         raise ConfigError("an option of fresh weights beside --pretrained", given[0], "Leave it out")
     return kind.from_pretrained(asked.pretrained, code_normalization=asked.code_normalization)

@@ -107,6 +107,8 @@ def test_a_crosscoder_goes_on_where_another_one_was(store: Path, tmp_path: Path)
     for option, message in {
         ("--code-normalization", "none"): "these weights have another code normalisation: CROSSCODER, not NONE",
         ("--encoder-layers", 0): "an option of fresh weights beside --pretrained: --encoder-layers",
+        ("--no-init-with-transpose",): "an option of fresh weights beside --pretrained: --no-init-with-transpose",
+        ("--expansion-factor", 31): "--pretrained has another size: ",
     }.items():
         done = train(*common, tmp_path, "--run-name", "c", "--pretrained", tmp_path / "a", *option)
         assert str(done.exception).startswith(message), (done.exception, done.output)
