@@ -31,7 +31,7 @@ class Tap:
 
     model: nn.Module
     module: nn.Module
-    tokenizer: Any
+    tokenizer: Any  # none: of lists of token ids
     ends: Ends = "out"
     length: int = 128  # tokens of a text; what is behind is left out
     special: bool = True  # whether the tokenizer adds its special tokens
@@ -71,6 +71,8 @@ def encoded(tap: Tap, texts: Sequence[Any]) -> dict[str, Tensor]:
     """input_ids and attention_mask of texts or lists of ids, cut to the length and padded on the right."""
     device = next(tap.model.parameters()).device
     if isinstance(texts[0], str):
+        if tap.tokenizer is None:
+            raise ConfigError("texts without a tokenizer", repr(texts[0][:40]), "Give tokenizer, or lists of token ids")
         ids = [tap.tokenizer(text, add_special_tokens=tap.special, verbose=False)["input_ids"] for text in texts]
     else:
         ids = [list(text) for text in texts]

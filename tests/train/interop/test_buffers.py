@@ -54,6 +54,16 @@ def test_as_many_contexts_as_the_reference_has_by_default(loaded: Loaded) -> Non
     assert next(buffer).shape[1] == WIDTH  # n_ctxs = 3e4 is a float
 
 
+def test_token_ids_need_no_tokenizer(loaded: Loaded) -> None:  # noqa: F811
+    model, tokenizer = loaded
+    module, ids = model.gpt_neox.layers[1], [tokenizer(text)["input_ids"] for text in TEXTS]
+    of_ids = list(NNsightActivationBuffer(iter(ids), model, module, **SIZES))
+    of_texts = list(NNsightActivationBuffer(iter(TEXTS), model, module, tokenizer=tokenizer, **SIZES))
+    assert len(of_ids) > 1 and all(torch.equal(a, b) for a, b in zip(of_ids, of_texts, strict=True))
+    with pytest.raises(ConfigError, match="texts without a tokenizer"):
+        next(NNsightActivationBuffer(iter(TEXTS), model, module, **SIZES))
+
+
 @pytest.mark.parametrize("apply", [False, True])
 def test_heads_stand_apart(apply: bool, loaded: Loaded) -> None:  # noqa: F811
     model, tokenizer = loaded

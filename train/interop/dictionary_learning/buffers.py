@@ -69,14 +69,15 @@ class ActivationBuffer(Buffer):
 
 @final
 class NNsightActivationBuffer(Buffer):
-    """The same of texts or of lists of token ids."""
+    """The same of texts or of lists of token ids, which need no tokenizer."""
 
     def __init__(
         self, data: Iterable[Any], model: Any, submodule: Any, d_submodule: int | None = None, io: Any = "out",
         n_ctxs: float = 3e4, ctx_len: int = 128, refresh_batch_size: int = 512, out_batch_size: int = 8192,
         device: Any = "cpu", tokenizer: Any = None, seed: int = 0,
     ) -> None:  # fmt: skip
-        tap = Tap(bare(model), bare(submodule), tokenizer_of(model, tokenizer), io, ctx_len)
+        own = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+        tap = Tap(bare(model), bare(submodule), own, io, ctx_len)
         self._begin(data, tap, n_ctxs, refresh_batch_size, out_batch_size, device, seed, d_submodule=d_submodule, io=io)
 
 
