@@ -482,6 +482,20 @@ def test_a_dictionary_of_ones_own_is_trained_by_trainers_that_ask_for_codes_alon
     assert (table["dict_class"], table["dict_class_kwargs"]) == ("Linear", {"bias": "False"})
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("BatchTopKTrainer", "StandardTrainer"), ("StandardTrainer", "BatchTopKTrainer"),
+        ("TopKTrainer", "BatchTopKTrainer"), ("BatchTopKTrainer", "MatryoshkaBatchTopKTrainer"),
+        ("CrossCoderTrainer", "StandardTrainer"), ("BatchTopKCrossCoderTrainer", "CrossCoderTrainer"),
+        ("GatedSAETrainer", "JumpReluTrainer"), ("StandardTrainer", "CrossCoderTrainer"),
+    ],
+)  # fmt: skip
+def test_a_dictionary_of_another_trainer_is_refused(name: str, other: str) -> None:
+    with pytest.raises(ConfigError, match=r"^this trainer is for another dictionary: \w+\. Give one such as \w+$"):
+        made(name, pretrained_ae=made(other).ae)
+
+
 def test_what_a_trainer_cannot_do_with_a_dictionary_of_ones_own_is_told() -> None:
     with pytest.raises(ConfigError, match="looks at the weights of a dictionary: aux"):
         made("TopKTrainer", dict_class=lambda d, n, k: Linear(d, n))

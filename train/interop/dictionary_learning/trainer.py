@@ -98,6 +98,7 @@ class Built(Trainer, ABC):
         self.core: Any
         self.ours = issubclass(type(self.ae), Shaped)
         if self.ours:
+            self._fits()
             core: Any = self.ae.core
             self.core = trainer(core, self.recipe)
             self.ae.core = self.core.dictionary
@@ -105,6 +106,14 @@ class Built(Trainer, ABC):
             self.core = Loose(self.ae, self.recipe, asked.activation_dim, asked.dict_size)
         self.device = self.core.idle_L.device
         self.last: dict[str, Tensor] = {}
+
+    def _fits(self) -> None:
+        """Raises ConfigError for a dictionary of ours that another trainer is for."""
+        own: Any = next(one.default for one in fields(self.arguments) if one.name == "dict_class")
+        kind: Any = type(self.ae)
+        if kind.method != own.method or issubclass(kind, SAE) != issubclass(own, SAE):
+            way_out = f"Give one such as {own.__name__}"
+            raise ConfigError("this trainer is for another dictionary", kind.__name__, way_out)
 
     @property
     def optimizer(self) -> Any:
