@@ -19,6 +19,7 @@ from harvest import adopt
 from harvest.config import RowsConfig, StoreConfig
 from shared.log import Log
 from tests import cases
+from tests.hub import served
 from tests.peers import python_of
 from tests.tiny import byte_level
 from tests.train.interop.test_saes import random_dictionary
@@ -50,9 +51,9 @@ def run(library: str, way: str, folder: Path) -> None:
     started(library, folder, SCRIPT, library, way, folder)
 
 
-def started(library: str, folder: Path, *words: object) -> None:
-    """The Python of a library, with these arguments."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def started(library: str, folder: Path, *words: object, **more: str) -> None:
+    """The Python of a library, with these arguments; `more`: of its environment."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | more
     called = [str(python_of(library)), *map(str, words)]
     done = subprocess.run(called, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -145,6 +146,22 @@ def test_we_get_the_same_codes_and_rows_of_its_files(library: str, tmp_path: Pat
         near(f_BL, f)
         [writer] = found.dictionary.wiring.writers
         near(found.dictionary.decode(f_BL, {"x": x})[writer], y)
+
+
+def test_an_sae_of_the_registry_of_sae_lens_is_read_by_its_names(tmp_path: Path) -> None:
+    """The registry is that of SAELens; the repository that it names lies on a hub of ours."""
+    release, sae_id = "gpt2-small-res-jb", "blocks.0.hook_resid_pre"
+    made, x = random_dictionary("standard")
+    formats.put(formats.export(made, "sae_lens"), tmp_path / "sae")
+    [x_BD] = x.values()
+    torch.save(x_BD, tmp_path / "x.pt")
+    with served() as hub:
+        files = {f"{sae_id}/{path.name}": path.read_bytes() for path in (tmp_path / "sae").iterdir()}
+        hub.repositories["jbloom/GPT2-Small-SAEs-Reformatted"] = files
+        settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        script = SCRIPT.with_name("registry.py")
+        started("sae-lens", tmp_path, script, release, sae_id, tmp_path, **settings, PYTHONPATH=str(SCRIPT.parents[3]))
+    near(torch.load(tmp_path / "f.pt"), made.encode(x).detach())
 
 
 def test_a_cache_of_sae_lens_becomes_a_store(tmp_path: Path) -> None:
