@@ -1,8 +1,10 @@
 """A finished store -> a URL: what is not there yet, in batches, `sealed` last of all."""
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from harvest import check
 from shared import files, layout, remote, staging, verify
 from shared.errors import StoreDamagedError, StoreError, StoreMismatchError
 from shared.layout import GROUP, SEALED, Unit
@@ -36,21 +38,23 @@ Store `{id}`.
 """
 
 
-def push(store: Store, url: str, private: bool | None, log: Log) -> bool:
+def push(store: Store, url: str, private: bool | None, log: Log, again: bool = False) -> bool:
     """Whether anything was sent: not where the store is there already. A push that was stopped goes on.
 
-    `private`: of a repository that is made. Raises StoreMismatchError where another store is there, StoreError where
-    something else is, StoreDamagedError where files of the store are not what its receipts say, RemoteError.
+    `private`: of a repository that is made; `again`: send all files, those of the right size, too. Every checksum is
+    checked before. Raises StoreMismatchError where another store is there, StoreError where something else is,
+    StoreDamagedError where files of the store are not what its receipts say, RemoteError.
     """
-    if faults := verify.quick(store):
-        way_out = f"harvest repair {store.path} makes what is damaged again"
-        raise StoreDamagedError(f"{len(faults)} files of {store.path} are damaged", faults[0], way_out)
     there = staging.target(url, private)
     sizes, sealed = there.sizes(), (store.path / SEALED).read_bytes()
     _require_same(store, there, sizes)
-    if there.read(SEALED) == sealed:
+    if there.read(SEALED) == sealed and not again:
         return False
-    batches = list(_batches(store, there, sizes, url))
+    if faults := check.files_of(store, True, log):
+        way_out = f"harvest repair {store.path} --full makes what is damaged again"
+        raise StoreDamagedError(f"{len(faults)} files of {store.path} are damaged", faults[0], way_out)
+    own = {name: size for name, size in sizes.items() if name in BESIDE or not again}
+    batches = list(_batches(store, there, own, url))
     total = sum(_bytes(data) for batch in batches for data in batch.values())
     log.event("push", f"{total / 1e6:,.0f} MB in {len(batches)} parts are not at {url} yet")
     with bar("pushing", "bytes", total, quiet=log.quiet) as progress:
@@ -80,11 +84,12 @@ def _batches(store: Store, there: remote.Remote, sizes: Mapping[str, int], url: 
     batch: Batch = {name: path for name, path in plan.items() if sizes.get(name) != path.stat().st_size}
     if url.startswith(remote.HUB) and CARD not in sizes:
         batch[CARD] = _card(store, url).encode()
+    done = _there(store, there, sizes)
     for unit in store.units:
         if batch and _is_full(batch):
             yield batch
             batch = {}
-        batch |= _lacking(store, there, sizes, unit)
+        batch |= {} if unit in done else _files(store, unit)
     if batch:
         yield batch
 
@@ -96,15 +101,27 @@ def _plan(store: Store) -> list[str]:
     return [GROUP, *(name for name in named if name != GROUP), layout.receipt_file(None)]
 
 
-def _lacking(store: Store, there: remote.Remote, sizes: Mapping[str, int], unit: Unit) -> Batch:
-    """The files of a unit, its receipt behind them, unless they are there."""
+def _there(store: Store, there: remote.Remote, sizes: Mapping[str, int]) -> set[Unit]:
+    """The units that are there: their receipts byte for byte, and their files by size."""
+    receipts = {layout.receipt_file(unit): unit for unit in store.units}
+    asked = [name for name in receipts if name in sizes]
+    with tempfile.TemporaryDirectory(prefix="granary-") as folder:
+        remote.read(there, Path(folder), asked)
+        found = [name for name in asked if (Path(folder) / name).is_file()]
+        same = [name for name in found if (Path(folder) / name).read_bytes() == (store.path / name).read_bytes()]
+    files_of = {name: _files(store, receipts[name]) for name in same}
+    return {
+        receipts[name]
+        for name, paths in files_of.items()
+        if all(sizes.get(file) == path.stat().st_size for file, path in paths.items())
+    }
+
+
+def _files(store: Store, unit: Unit) -> dict[str, Path]:
+    """The files of a unit, its receipt behind them."""
     receipt = layout.receipt_file(unit)
-    data = (store.path / receipt).read_bytes()
-    named = {name: store.path / name for name in files.read_json(store.path / receipt)["files"]}
-    right = all(sizes.get(name) == path.stat().st_size for name, path in named.items())
-    if right and sizes.get(receipt) == len(data) and there.read(receipt) == data:
-        return {}
-    return {**named, receipt: store.path / receipt}
+    named = [*files.read_json(store.path / receipt)["files"], receipt]
+    return {name: store.path / name for name in named}
 
 
 def _is_full(batch: Batch) -> bool:

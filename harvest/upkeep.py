@@ -151,12 +151,14 @@ def push(
     private: Annotated[
         bool, typer.Option("--private", help="Where a repository is made; else as its owner's are.")
     ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Send all files, those that seem to be there, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Copy a finished store from this machine to a URL: a dataset repository of the hub, or an object store.
 
-    A push that was stopped goes on: what is there is not sent again. The URL holds a finished store when all of it has
-    arrived, and not before. The token of the hub is HF_TOKEN, or that of hf auth login.
+    Every checksum is checked first. A push that was stopped goes on: what is there, by its size, is not sent again. The
+    URL holds a finished store when all of it has arrived, and not before. The token of the hub is HF_TOKEN, or that of
+    hf auth login.
 
     Example: harvest push pair.zarr hf://datasets/ORG/pair --private
     """
@@ -164,7 +166,7 @@ def push(
         raise ConfigError("this is no URL", url, URLS)
     opened = Store.open(remote.local(store, "Give the folder that is to be copied"))
     with Log(quiet=as_json) as log:
-        sent = pushing.push(opened, url, private or None, log)
+        sent = pushing.push(opened, url, private or None, log, again)
     print(json.dumps({"url": url, "id": opened.header.id, "sent": sent}) if as_json else f"{url}: {_SENT[sent]}")
 
 

@@ -25,7 +25,7 @@ TOKEN = "Check the name; of a private one the token (HF_TOKEN, or hf auth login)
 class Repository(Remote):
     """Reads one commit of the repository: that which the revision named first."""
 
-    way_out: ClassVar[str] = "Who has the store: harvest verify STORE --full, and harvest push to {url} again"
+    way_out: ClassVar[str] = "Who has the store: harvest push STORE {url} --again"
 
     def __init__(self, url: str) -> None:
         from huggingface_hub import HfApi, HfFileSystem
