@@ -318,7 +318,7 @@ def test_one_config_gives_one_dictionary_and_its_folder(tmp_path: Path) -> None:
     asked = dict(config)
     ae, logs = trainSAE(
         data, config, save_dir=tmp_path, save_steps=4, log_steps=3, validate_every_n_steps=5, validation_data=data[:2],
-        start_of_training_eval=True, return_last_eval_logs=True,
+        start_of_training_eval=True, return_last_eval_logs=True, epoch_idx_per_step=[0] * 5 + [1] * 5,
     )  # fmt: skip
     assert config == asked and all(torch.equal(a, b) for a, b in zip(data, kept, strict=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -331,6 +331,7 @@ def test_one_config_gives_one_dictionary_and_its_folder(tmp_path: Path) -> None:
     assert table["trainer"]["lm_name"] == "model" and table["buffer"] is None
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 3, 5, 6, 9, 10]
+    assert [line["epoch"] for line in lines if "epoch" in line] == [0, 1, 1]  # of steps 3, 6 and 9
     assert {"l0", "l2_loss", "frac_variance_explained", "effective_l0", "dead_features"} <= set(lines[1])
     assert logs["step"] == 10 and 0 <= logs["val/frac_deads"] <= 1
     assert torch.load(tmp_path / "last_eval_logs.pt") == logs

@@ -99,7 +99,7 @@ def trainSAE(
     dtype: torch.dtype = torch.float32, return_last_eval_logs: bool = False, resample_steps: int | None = None,
     warmup_steps: int | None = None, run_cfg: Mapping[str, Any] | None = None, verbose: bool = False,
     device: Any = None, autocast_dtype: torch.dtype | None = None, save_last_eval: bool = True,
-    run_wandb_finish: bool = True, backup_steps: int | None = None,
+    run_wandb_finish: bool = True, backup_steps: int | None = None, epoch_idx_per_step: Sequence[int] | None = None,
 ) -> Any:  # fmt: skip
     """Train dictionaries on batches of rows [B, D], [B, S, D] of crosscoders, or pairs (x, y) where `transcoder`.
 
@@ -110,9 +110,9 @@ def trainSAE(
 
     save_dir of `trainer_config`: config.json, checkpoint_{step}.pt, model_final.pt, eval_logs_{step}.pt,
     last_eval_logs.pt. Of `trainer_configs`: trainer_{i}/ with config.json, checkpoints/ae_{step}.pt, ae.pt.
-    metrics.jsonl has what is logged. Every `backup_steps` the weights so far and the optimiser's state are written
-    under the name of the last weights. Neither `data`'s tensors nor the configs are changed; logging and validating
-    change no tensor of a trainer.
+    metrics.jsonl has what is logged, with the epoch of a step by `epoch_idx_per_step`. Every `backup_steps` weights and
+    the optimiser's state are written under the name of the last weights. Neither `data`'s tensors nor the configs are
+    changed; logging and validating change no tensor of a trainer.
 
     Raises ConfigError for what cannot be followed, before the first step; TrainingError where no batch comes.
     """
@@ -131,7 +131,7 @@ def trainSAE(
         run.begin(factor, data, (wandb_project, wandb_entity, wandb_group) if use_wandb else None, run_cfg or {})
     loop = Loop(
         runs, _steps(save_steps), _steps(backup_steps), log_steps, activations_split_by_head, end_of_step_logging_fn,
-        verbose, save_last_eval, run_wandb_finish,
+        verbose, save_last_eval, run_wandb_finish, epoch_idx_per_step,
     )  # fmt: skip
     if start_of_training_eval:
         loop.validate(0, validation_data)
@@ -162,6 +162,7 @@ class Loop:
     verbose: bool
     keeps_last: bool
     finishes: bool
+    epochs: Sequence[int] | None
 
     def step(self, step: int, batch: Any) -> None:
         logs = bool(self.log_steps and step and step % self.log_steps == 0)
@@ -173,6 +174,7 @@ class Loop:
                 run.backup(step)
             if logs:
                 figures = {**_figures(run, x, step), **(self.more(run.trainer, step) if self.more else {})}
+                figures |= {} if self.epochs is None else {"epoch": self.epochs[step]}
                 run.tell(step, figures)
                 if self.verbose:
                     print(f"step {step}, trainer {number}: {figures}")
