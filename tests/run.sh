@@ -27,5 +27,5 @@ pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 if [ $# -eq 0 ]; then
     kill "$peers" 2> /dev/null && echo "other libraries are not installed yet: their tests are skipped (tests/run.sh -m peers)"
     grep "could not be installed" .venv-peers.log || true
-    pytest -m peers -rs tests/train/interop
+    pytest -n 2 -m peers -rs tests/train/interop
 fi

@@ -231,6 +231,7 @@ class Import:
     for_types: bool  # stands under `if TYPE_CHECKING`
 
 
+@cache
 def sources() -> dict[str, Path]:
     """{dotted module name: file} of the three packages; a package's own name stands for its __init__.py."""
     found = {}
@@ -241,6 +242,7 @@ def sources() -> dict[str, Path]:
     return found
 
 
+@cache
 def modules() -> dict[str, Path]:
     return {name: file for name, file in sources().items() if file.name != "__init__.py"}
 
@@ -275,6 +277,7 @@ def called(node: ast.AST, *names: str) -> bool:
     return name in names
 
 
+@cache
 def imports(file: Path) -> list[Import]:
     """Every import of a file, wherever it stands, with those that `import_module` is given as text."""
     for_types = {

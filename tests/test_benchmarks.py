@@ -92,6 +92,7 @@ def test_a_whole_run_is_compared_with_its_steps_alone(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_step_is_compared_with_the_product_of_its_encoder_and_with_the_dense_reference(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(step.main)

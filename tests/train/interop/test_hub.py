@@ -4,11 +4,9 @@ What tests/hub.py has not (large files by LFS or Xet, tokens, limits) is not cov
 """
 
 import json
-import os
-import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,71 +14,66 @@ import pytest
 import torch
 
 from shared.errors import CheckpointError
-from tests.hub import Hub, served
+from tests.hub import Hub
 from tests.train.interop import files
 from tests.train.interop.test_crosscoders import near
 from tests.train.interop.test_sae_lens import of_sae_lens
+from train import cli
 from train.dictionary import Dictionary
 from train.interop import hub as hubs
-
-PUSH = """
-import sys, torch
 from train.interop.dictionary_learning import BatchTopKCrossCoder
-torch.manual_seed(0)
-made = BatchTopKCrossCoder(6, 40, 2, k=5, code_normalization="SAE")
-made.threshold = 0.5
-print(made.push_to_hub("org/crosscoder", private=True))
-torch.save(made.state_dict(), sys.argv[1])
-again = BatchTopKCrossCoder.from_pretrained("org/crosscoder", from_hub=True)
-pairs = zip(made.state_dict().values(), again.state_dict().values())
-assert all(torch.equal(a, b) or a.isnan().all() for a, b in pairs)
-"""
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    with served() as found:
-        yield found
+def train(hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """The command, for which the hub is that of the test."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), *capfd.readouterr()
+
+    return run
 
 
-def run(hub: Hub, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python, for which this hub is the hub."""
-    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    environment = {**os.environ, **settings, "HF_TOKEN": "hf_of_this_test"}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-
-
-def test_a_crosscoder_is_pushed_and_comes_back(hub: Hub, tmp_path: Path) -> None:
-    done = run(hub, tmp_path / "cache", "-c", PUSH, str(tmp_path / "state.pt"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith(f"{hub.address}/org/crosscoder/commit/")
+def test_a_crosscoder_is_pushed_and_comes_back(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    made = BatchTopKCrossCoder(6, 40, 2, k=5, code_normalization="SAE")
+    made.threshold = 0.5
+    assert made.push_to_hub("org/crosscoder", private=True).startswith(f"{hub.address}/org/crosscoder/commit/")
+    assert hub.private == {"org/crosscoder": True}
     pushed = hub.repositories["org/crosscoder"]
     assert {"README.md", "config.json", "model.safetensors", "trainer_config.json"} <= set(pushed)
     assert json.loads(pushed["config.json"])["dict_class"] == "BatchTopKCrossCoder"
     assert pushed["README.md"].startswith(b"---\nlibrary_name: dictionary_learning")
+    again = BatchTopKCrossCoder.from_pretrained("org/crosscoder", from_hub=True)
+    for name, value in made.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_folder_of_a_repository_is_imported(hub: Hub, tmp_path: Path) -> None:
+def test_a_folder_of_a_repository_is_imported(hub: Hub, train: Run, tmp_path: Path) -> None:
     made = files.crosscoder("E1", batch_topk=False)
     made.tables = {"config.json": {"activation_dim": files.D, "dict_class": "CrossCoder"}}
     made.write(tmp_path / "local", "model.safetensors")
     hub.repositories["org/many"] = {
         f"layer_13/{path.name}": path.read_bytes() for path in (tmp_path / "local").iterdir()
     } | {"layer_14/model.safetensors": b"not asked for"}
-    import_ = "from train.cli import main; import sys; sys.argv = ['train', *sys.argv[1:]]; main()"
     target = tmp_path / "out"
-    done = run(hub, tmp_path / "cache", "-c", import_, "import", "hub:org/many/layer_13", "--out", str(target))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "CrossCoder, E1, CROSSCODER" in done.stdout
+    code, out, err = train("import", "hub:org/many/layer_13", "--out", target)
+    assert code == 0, err
+    assert "CrossCoder, E1, CROSSCODER" in out
     found = Dictionary.load(target)
     x = {name: torch.from_numpy(made.rows[:, s]).float() for s, name in enumerate("ab")}
     assert near(found.encode(x), made.codes)
     assert not any("layer_14" in call for call in hub.calls)
     for name, message in [("hub:org/none", "nothing of this name on the hub"), ("hub:org/many/x", "no such folder")]:
-        done = run(hub, tmp_path / "cache", "-c", import_, "import", name, "--out", str(tmp_path / "other"))
-        assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {message}"), done.stderr
+        code, _, err = train("import", name, "--out", tmp_path / "other")
+        assert code == 1 and err.splitlines()[-1].startswith(f"error: {message}"), err
 
 
 def test_saes_of_the_registry_of_sae_lens_are_read_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
