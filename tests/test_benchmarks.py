@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from tests.benchmarks import device, harvest, loader, memory, put, step, sweep, whole
 from train.code import DenseCode, SparseCode
 
+pytestmark = pytest.mark.slow
+
 
 def said(
     main: Callable[[], None], given: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -35,14 +37,12 @@ def test_put_is_compared_with_a_plain_write(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_memory_is_told_by_phase_and_rows(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     told = said(memory.main, ["300"], monkeypatch, capfd)
     assert re.search(r"peak, MB +300 rows +1,200 rows +4,800 rows", told)
     assert len(re.findall(r"\n(?:read the corpus|plan|make units), (?:anonymous|of files)(?: +[\d.-]+){4}", told)) == 6
 
 
-@pytest.mark.slow
 def test_the_loader_is_compared_with_what_people_do_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,7 +51,6 @@ def test_the_loader_is_compared_with_what_people_do_otherwise(
     assert len(re.findall(r"\nratio +[\d.]+ ", told)) == 3 and "limit 20" in told and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_the_ways_of_the_loader_come_as_a_table(tmp_path: Path) -> None:
     asked = ["-p", "no:xdist", "tests/benchmarks/loader.py", "-k", "512x1", "--basetemp", str(tmp_path / "t")]
     # A worker of xdist tells its children that they are such workers, too, and benchmarks would then not run.
@@ -81,7 +80,6 @@ def test_runs_at_once_are_compared_with_their_steps_alone(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_a_whole_run_is_compared_with_its_steps_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +90,6 @@ def test_a_whole_run_is_compared_with_its_steps_alone(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_a_step_is_compared_with_the_product_of_its_encoder_and_with_the_dense_reference(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(step.main)
@@ -151,7 +148,6 @@ def test_the_dense_reference_is_dense_and_k_latents_fire_whatever_the_method_is(
         assert isinstance(code, kind) and int(code.fires_L().sum()) == pytest.approx(4 * 64, abs=1)
 
 
-@pytest.mark.slow
 def test_a_harvest_is_compared_with_its_forward_passes(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
