@@ -79,6 +79,7 @@ def test_two_models_become_one_store_one_dictionary_and_one_report(place: Path) 
     assert f_BL.shape == (10, 256) and dictionary.decode(f_BL)["b"].shape == (10, 48)
 
 
+@pytest.mark.slow
 def test_three_models_of_three_tokenizers_become_a_dictionary_with_a_span_for_each(place: Path) -> None:
     made = json.loads(command(place, "harvest", "run", "three.toml", "--json"))
     assert made["alignment"] == "offsets" and made["rows"] == 4000

@@ -97,13 +97,13 @@ def test_block_9_of_gemma_passes_the_range_of_fp16_and_the_store_holds_it_all_th
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_unscaled_rows_are_the_models_own_hidden_states_to_fp16_rounding(store: Store, source: str) -> None:
-    """Two of the planned batches, run by the model itself: what is stored is what fp16 makes of its hidden states."""
+    """One of the planned batches, run by the model itself: what is stored is what fp16 makes of its hidden states."""
     info = store.header.models[source]
     model = models.load(models.resolve(info.path, say=print), info.dtype, info.attention, "cpu")
     block, factor = int(store.source(source).site.split(".")[1]), store.factor(source)
     stored = store.column(f"activations/{source}")
     threads = json.loads((store.path / f"receipts/00000.{source}.json").read_text())["threads"]
-    for batch in Batches(store, source).spread(2):
+    for batch in Batches(store, source).spread(1):
         with torch.inference_mode(), torch_threads(threads):
             out = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, output_hidden_states=True)
         own_ND = out.hidden_states[block + 1].flatten(0, 1)[batch.place_N]
