@@ -196,5 +196,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _parts(path: str) -> tuple[str, str]:
     """Of models/ORG/NAME/REST or datasets/ORG/NAME/REST: the name of the repository, and the rest."""
-    kind, organization, name, *rest = path.split("/")
-    return f"{'' if kind == 'models' else 'datasets/'}{organization}/{name}", "/".join(rest)
+    kind, organization, name, *rest = [*path.split("/"), "", ""]  # some calls name no repository
+    return f"{'' if kind == 'models' else 'datasets/'}{organization}/{name}", "/".join(rest).strip("/")
