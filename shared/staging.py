@@ -59,7 +59,7 @@ def outlined(url: str) -> Iterator[tuple[Path, dict[str, int]]]:
     remote = source(url)
     sizes = remote.sizes()
     if GROUP not in sizes:
-        raise StoreError("no Granary store here", url, "Give the URL that harvest run wrote to")
+        raise StoreError("no Granary store here", url, "Give the URL that harvest run or push wrote to")
     with tempfile.TemporaryDirectory(prefix="granary-") as folder:
         outline(remote, Path(folder), sizes)
         yield Path(folder), sizes
@@ -98,8 +98,8 @@ def stage(url: str, below: str | Path | None = None, quiet: bool = False) -> Pat
 
 def _unfinished(remote: Remote) -> StoreError:
     if remote.read(GROUP) is None:
-        return StoreError("no Granary store here", remote.url, "Give the URL that harvest run wrote to")
-    way_out = "Run the same harvest run again: it goes on where it stopped"
+        return StoreError("no Granary store here", remote.url, "Give the URL that harvest run or push wrote to")
+    way_out = "Run the same harvest run, or harvest push, again: it goes on where it stopped"
     return StoreUnfinishedError("this store is not finished", remote.url, way_out)
 
 

@@ -35,8 +35,13 @@ class Normaliser:
     target: float = 1.0
 
     @classmethod
-    def of(cls, mean_SD: Tensor, std_SD: Tensor, target: float, shape: tuple[int, int]) -> "Normaliser":
-        """That of E7, which scales rows to a root mean square length of `target`. Raises CheckpointError for others."""
+    def of(
+        cls, mean_SD: Tensor | None, std_SD: Tensor | None, target: float, shape: tuple[int, int]
+    ) -> "Normaliser | None":
+        """That of E7, which scales rows to a root mean square length of `target`; none without means and spreads that
+        are numbers. Raises CheckpointError for those of another shape."""
+        if mean_SD is None or std_SD is None or bool(mean_SD.isnan().any() or std_SD.isnan().any()):
+            return None
         for what, given in (("means", mean_SD), ("spreads", std_SD)):
             if given.shape != shape:
                 way_out = f"{shape[1]} of each source: {shape[0]}"

@@ -254,9 +254,8 @@ class BatchTopKSAE(KeepingK):
 
     def set_normalizer(self, mean: Tensor | None, std: Tensor | None, target_rms: float = 1.0) -> None:
         """Let rows be scaled by means and spreads [D], to a root mean square of their length; none: as they are."""
-        scaled = None
-        if mean is not None and std is not None and not bool(mean.isnan().any() or std.isnan().any()):
-            scaled = Normaliser.of(mean[None], std[None], target_rms, (1, self.activation_dim))
+        mean_SD, std_SD = (None if one is None else one[None] for one in (mean, std))
+        scaled = Normaliser.of(mean_SD, std_SD, target_rms, (1, self.activation_dim))
         self.core.scale = Scale(self.core.wiring.widths).to(self.core.activation.bias_L)
         self._scale(scaled)
 

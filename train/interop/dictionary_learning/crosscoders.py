@@ -123,10 +123,9 @@ class CrossCoder(Shaped):
         """
         self._target = 1.0 if target_rms is None else float(target_rms)
         self._std, none = torch.full_like(self._std, torch.nan), torch.zeros_like(self._std)
-        scaled = Normaliser(none, torch.ones(self.num_layers), self._std)
-        if mean is not None and std is not None and not bool(mean.isnan().any() or std.isnan().any()):
-            scaled = Normaliser.of(mean, std, self._target, (self.num_layers, self.activation_dim))
-            self._std = scaled.std_SD
+        off = Normaliser(none, torch.ones(self.num_layers), self._std)
+        scaled = Normaliser.of(mean, std, self._target, (self.num_layers, self.activation_dim)) or off
+        self._std = scaled.std_SD
         scaled.put(self.core.scale, self._names)
 
     def normalize_activations(self, x: Tensor) -> Tensor:
